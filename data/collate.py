@@ -1,0 +1,76 @@
+"""Examples -> Batch: padded, with every token's image slot and every image's pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+import torch
+from PIL import Image
+
+from data.encode import IGNORED, Example
+from vlm.fusion import index_media
+from vlm.processing import VisionLanguageProcessor
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids, labels, media_index, document_start: [B, T]; pixel_values: [I, 3, H, W], None for a text-only LM.
+
+    Padding is on the right, where a causal LM needs no mask. supervised: tokens the loss counts; tokens: real ones.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    media_index: torch.Tensor
+    document_start: torch.Tensor
+    pixel_values: torch.Tensor | None
+    supervised: int
+    tokens: int
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+
+def collate_chat(
+    examples: Sequence[Example], pictures: Sequence[Image.Image], processor: VisionLanguageProcessor
+) -> Batch:
+    """A batch for `VisionLanguageModel`; pictures: those of all examples, in order. Without any it gets a blank one that no token refers to, so that
+    every rank runs the vision path in every step (a rank that doesn't would leave the others waiting)."""
+    pad = processor.tokenizer.pad_token_id
+    input_ids, labels = pad_rows(examples, 0 if pad is None else pad)
+    placeholders = (processor.placeholders_per_image,) * len(pictures)
+    media_index, document_start = index_media(input_ids, processor.image_token_id, placeholders)
+    pictures = pictures or [Image.new("RGB", (32, 32))]
+    return Batch(
+        input_ids,
+        labels,
+        media_index,
+        document_start,
+        processor.pixels(pictures),
+        supervised=sum(example.supervised for example in examples),
+        tokens=sum(len(example.input_ids) for example in examples),
+    )
+
+
+def collate_text(examples: Sequence[Example], pad: int) -> Batch:
+    """A batch for a language model alone."""
+    input_ids, labels = pad_rows(examples, pad)
+    nothing = torch.zeros_like(input_ids)
+    return Batch(
+        input_ids,
+        labels,
+        nothing,
+        nothing,
+        None,
+        supervised=sum(example.supervised for example in examples),
+        tokens=sum(len(example.input_ids) for example in examples),
+    )
+
+
+def pad_rows(examples: Sequence[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and labels [B, T], T the longest row's length."""
+    length = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), length), pad)
+    labels = torch.full((len(examples), length), IGNORED)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+        labels[row, : len(example.labels)] = torch.tensor(example.labels)
+    return input_ids, labels

@@ -1,0 +1,75 @@
+"""`Record`: what a person wrote, checked. Every error names the file and the line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import UserError
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: a sound conversation and the images it shows, in order.
+
+    messages: content is a list of {"type": "text", "text"} and {"type": "image"} parts; captions: further answers
+    that are as right as the last message's (rows of an image with several captions); where: file:line.
+    """
+
+    where: str
+    messages: tuple[Message, ...]
+    images: tuple[Path, ...] = ()
+    captions: tuple[str, ...] = ()
+
+
+def make_record(
+    where: str, messages: Sequence[Message], images: Sequence[Any], root: Path, captions: Sequence[str] = ()
+) -> Record:
+    """A Record, or a UserError that begins with `where`: broken roles, empty answers, images that aren't there."""
+    check_roles(where, messages)
+    marks = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if marks != len(images):
+        raise UserError(f"{where}: {marks} image placeholders, but {len(images)} images")
+    paths = tuple(find_image(where, image, root) for image in images)
+    return Record(where, tuple(messages), paths, tuple(captions))
+
+
+def check_roles(where: str, messages: Sequence[Message]) -> None:
+    """An optional system message, then user and assistant in turn, the assistant last, and no empty answer."""
+    if not messages:
+        raise UserError(f"{where}: no messages")
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    for position, message in enumerate(turns):
+        due = ("user", "assistant")[position % 2]
+        if message["role"] != due:
+            raise UserError(f"{where}: message {position + 1} is from {message['role']!r}, where {due!r} is due")
+        if due == "assistant":
+            if any(part["type"] == "image" for part in message["content"]):
+                raise UserError(f"{where}: message {position + 1}: an image in an assistant's answer")
+            if not "".join(part["text"] for part in message["content"]).strip():
+                raise UserError(f"{where}: message {position + 1}: an empty answer")
+    if not turns or turns[-1]["role"] != "assistant":
+        raise UserError(f"{where}: the conversation doesn't end with an assistant's answer")
+
+
+def find_image(where: str, image: Any, root: Path) -> Path:
+    """The file of an image named in a row, which must lie inside `root`."""
+    if not isinstance(image, str) or not image:
+        raise UserError(f"{where}: an image is named by its path, got {image!r}")
+    base = root.resolve()
+    path = (base / image).resolve()
+    if not path.is_relative_to(base):
+        raise UserError(f"{where}: image {image!r} lies outside the image folder {root}")
+    if not path.is_file():
+        raise UserError(f"{where}: image {image!r} is not in {root}")
+    return path
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+IMAGE_PART = {"type": "image"}

@@ -1,0 +1,45 @@
+"""LoRA through peft, on exactly the linear layers of the language model that the recipe names."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from train.recipe import Lora
+from vlm.checkpoint import written_aside
+from vlm.errors import UserError
+from vlm.modeling import VisionLanguageModel, decoder_layers
+
+
+def target_modules(model: VisionLanguageModel, targets: tuple[str, ...]) -> list[str]:
+    """Full names of the linear layers in the LM's decoder layers: all, or those whose last name is in `targets`."""
+    layers = {id(module) for module in decoder_layers(model.language_model).modules()}
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in layers]
+    known = {name.rsplit(".", 1)[-1] for name in linear}
+    if unknown := set(targets) - known:
+        raise UserError(f"lora.targets: the language model has no {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    return [name for name in linear if not targets or name.rsplit(".", 1)[-1] in targets]
+
+
+def add_lora(model: VisionLanguageModel, lora: Lora) -> PeftModel:
+    """Puts adapters into `model` in place. The returned handle saves and merges them."""
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules=target_modules(model, lora.targets),
+    )
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def save_adapter(adapter: PeftModel, folder: Path, base: str) -> None:
+    """A peft folder that names its base model."""
+    adapter.peft_config["default"].base_model_name_or_path = base
+    with written_aside(folder) as partial:
+        adapter.save_pretrained(str(partial))
+
+
+def merged(adapter: PeftModel) -> Any:
+    """The model with the adapters folded into its weights."""
+    return adapter.merge_and_unload()

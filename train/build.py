@@ -1,0 +1,154 @@
+"""From a recipe to the networks of a stage: from random weights, from saved parts, or from the stage before."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPVisionConfig,
+    CONFIG_MAPPING,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from data.sources import Source
+from train.recipe import Backbone, Model, Recipe, Stage
+from train.runs import Run
+from vlm.checkpoint import check_source, load
+from vlm.configuration import VisionLanguageConfig
+from vlm.contrastive import make_clip
+from vlm.errors import UserError
+from vlm.modeling import VisionLanguageModel
+from vlm.processing import VisionLanguageProcessor, make_processor
+from vlm.settings import plain
+from vlm.tokenization import CHAT_TEMPLATE, IMAGE_TOKEN, train_tokenizer
+
+TOKENIZER_ROWS = 5000  # rows that a new tokenizer is made from, spread evenly over the data
+
+
+def open_sources(recipe: Recipe, stage: Stage) -> list[Source]:
+    root = Path(recipe.data_root)
+    return [Source(root / data.path, root / data.images if data.images else None) for data in stage.data]
+
+
+def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
+    """The LM's tokenizer, or one made from the recipe's texts; kept in the run, so a resumed run has the same."""
+    if not (run.tokenizer / "tokenizer.json").is_file():
+        pretrained = _resolve(recipe.model.language.pretrained, run)
+        if pretrained is not None and not str(pretrained).startswith(str(run.folder)):
+            check_source(pretrained)
+            tokenizer = AutoTokenizer.from_pretrained(pretrained)
+            if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+                tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+            tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+        else:
+            context = (recipe.model.language.config or {}).get("max_position_embeddings", 2048)
+            tokenizer = train_tokenizer(_texts(recipe), recipe.model.tokenizer_vocab, context)
+        tokenizer.save_pretrained(run.tokenizer)
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(run.tokenizer)
+    return loaded
+
+
+def build_clip(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
+    """A CLIP whose vision tower is the recipe's encoder and whose text tower reads the recipe's tokenizer."""
+    if recipe.model.vision.config is None or recipe.model.text_tower is None:
+        raise UserError("a contrastive stage needs model.vision.config and model.text_tower")
+    text = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|assistant|>"),
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": 77,
+        **recipe.model.text_tower,
+    }
+    return make_clip(recipe.model.vision.config, text, recipe.model.projection_dim)
+
+
+def build_language_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTrainedModel:
+    """A causal LM with at least as many embeddings as the tokenizer has tokens."""
+    pretrained = _resolve(backbone.pretrained, run)
+    if pretrained is not None:
+        check_source(pretrained)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+        if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+            model.resize_token_embeddings(len(tokenizer))
+        return model
+    if backbone.config is None:
+        raise UserError("model.language needs pretrained or config")
+    settings = dict(backbone.config)
+    kind = settings.pop("model_type", "llama")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"model.language.config.model_type: unknown {kind!r}")
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    built: PreTrainedModel = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[kind](**{"vocab_size": len(tokenizer), **ids, **settings})
+    )
+    return built
+
+
+def build_encoder(backbone: Backbone, run: Run) -> PreTrainedModel:
+    """A vision encoder; of a saved CLIP the vision half."""
+    pretrained = _resolve(backbone.pretrained, run)
+    if pretrained is not None:
+        check_source(pretrained)
+        model = AutoModel.from_pretrained(pretrained, dtype=torch.float32)
+        encoder: PreTrainedModel = getattr(model, "vision_model", model)
+        return encoder
+    if backbone.config is None:
+        raise UserError("model.vision needs pretrained or config")
+    built: PreTrainedModel = AutoModel.from_config(CLIPVisionConfig(**backbone.config))
+    return built
+
+
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: Run
+) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
+    """The vision-language model that the first chat stage starts from."""
+    spec = recipe.model
+    if spec.pretrained is not None:
+        return load(spec.pretrained, dtype=torch.float32)
+    encoder = build_encoder(spec.vision, run)
+    language_model = build_language_model(spec.language, tokenizer, run)
+    config = VisionLanguageConfig(
+        vision_config=encoder.config,
+        text_config=language_model.config,
+        fusion=spec.fusion,
+        connector=plain(vars(spec.connector)),
+        cross_attention=plain(vars(spec.cross_attention)) if spec.fusion == "deep" else None,
+        vision_feature_layer=spec.feature_layer,
+        vision_feature_select=spec.feature_select,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    )
+    model = VisionLanguageModel(config)
+    model.vision_tower.encoder.load_state_dict(encoder.state_dict())
+    model.language_model.load_state_dict(language_model.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, processor_of(spec, encoder.config, tokenizer, config.placeholders_per_image)
+
+
+def processor_of(
+    spec: Model, vision: Any, tokenizer: PreTrainedTokenizerBase, placeholders: int
+) -> VisionLanguageProcessor:
+    return make_processor(tokenizer, vision.image_size, placeholders, **spec.image)
+
+
+def _resolve(pretrained: str | None, run: Run) -> str | Path | None:
+    if pretrained is None or not pretrained.startswith("stage:"):
+        return pretrained
+    return run.stage(pretrained.removeprefix("stage:"))
+
+
+def _texts(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        for source in open_sources(recipe, stage):
+            for index in range(0, len(source), max(1, len(source) // TOKENIZER_ROWS)):
+                record = source[index]
+                yield from record.captions
+                for message in record.messages:
+                    yield from (part["text"] for part in message["content"] if part["type"] == "text")

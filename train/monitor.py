@@ -1,0 +1,82 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from train.runs import Run
+
+PLAIN_EVERY_SECONDS = 10.0
+
+
+class Monitor:
+    """Use as a context manager. `quiet` (ranks other than 0) shows and writes nothing."""
+
+    def __init__(self, run: Run, quiet: bool = False) -> None:
+        self.run, self.quiet = run, quiet
+        self.console = Console(stderr=True, quiet=quiet)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task: TaskID | None = None
+        self.stage, self.steps, self.last_line = "", 0, 0.0
+
+    def __enter__(self) -> "Monitor":
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = None if self.quiet else self.run.metrics_file.open("a", encoding="utf-8")
+        self.board = None if self.quiet else SummaryWriter(str(self.run.folder / "tensorboard"))
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def begin(self, stage: str, steps: int, done: int, manifest: list[tuple[str, int, float]]) -> None:
+        """A new stage: its manifest of what learns, then its bar."""
+        table = Table(title=f"stage {stage}", title_justify="left")
+        for column in ("part", "parameters", "learning rate"):
+            table.add_column(column, justify="left" if column == "part" else "right")
+        for part, size, rate in manifest:
+            table.add_row(part, f"{size:,}", f"{rate:g}" if rate else "frozen")
+        self.console.print(table)
+        self.stage, self.steps = stage, steps
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task = self.progress.add_task(stage, total=steps, completed=done, shown="")
+
+    def log(self, entry: dict[str, Any], done: int) -> None:
+        """One finished step: a line of metrics.jsonl, a point on every curve."""
+        if self.file is None or self.board is None:
+            return
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        for name, value in entry.items():
+            if isinstance(value, float):
+                self.board.add_scalar(name, value, entry["step"])
+        shown = f"loss {entry['loss']:.4f}  {entry['tokens_per_second']:,.0f} tok/s"
+        if self.task is not None:
+            self.progress.update(self.task, completed=done, shown=shown)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.last_line > PLAIN_EVERY_SECONDS or done == self.steps):
+            self.last_line = now
+            left = (self.steps - done) * entry["seconds"]
+            print(f"{self.stage} {done}/{self.steps}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)

@@ -1,0 +1,183 @@
+"""What a stage learns: how its rows become batches, what its loss is, and what it leaves behind."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from data.collate import Batch, collate_chat, collate_text
+from data.encode import IGNORED, Example, encode_record
+from data.loader import ImageCache
+from data.records import Record
+from train.adapters import add_lora, merged
+from train.build import build_clip, build_language_model, build_model, processor_of
+from train.recipe import Recipe, Stage
+from train.runs import Run
+from vlm.chat import ChatEncoder
+from vlm.checkpoint import load, save
+from vlm.contrastive import contrastive_loss, recall_at_1
+from vlm.processing import VisionLanguageProcessor
+
+Pair = tuple[Record, np.random.Generator]
+
+
+class Objective(ABC):
+    """One stage's network and loss. `model` holds everything that could learn."""
+
+    model: nn.Module
+
+    @abstractmethod
+    def make(self, pairs: Sequence[Pair]) -> Any:
+        """One micro-batch; has `supervised` (what the loss is divided by), `tokens` and `to(device)`."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss summed over what `batch.supervised` counts, and further sums to be shown divided by the same."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Leaves a folder that the next stage, or anybody, can load."""
+
+
+class Contrastive(Objective):
+    """CLIP's objective over images and one of their captions each."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, read: ImageCache) -> None:
+        self.model = build_clip(recipe, tokenizer)
+        self.tokenizer, self.stage, self.read = tokenizer, stage, read
+        self.processor = processor_of(recipe.model, self.model.config.vision_config, tokenizer, 1)
+        self.chat = ChatEncoder(tokenizer, None, self.processor.image_token, 1)
+        self.end = self.model.config.text_config.eos_token_id
+        self.length = self.model.config.text_config.max_position_embeddings
+
+    def make(self, pairs: Sequence[Pair]) -> "CaptionBatch":
+        texts, pictures = [], []
+        for record, rng in pairs:
+            captions = record.captions or (record.messages[-1]["content"][0]["text"],)
+            texts.append(captions[int(rng.integers(len(captions)))])
+            pictures.append(self.stage.augment(self.read(record.images[0]), rng))
+        rows = [self.chat.encode_text(text)[: self.length - 1] + [self.end] for text in texts]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        same = torch.tensor([numbers[text] for text in texts])
+        return CaptionBatch(ids, mask, self.processor.pixels(pictures), same)
+
+    def loss(self, model: nn.Module, batch: "CaptionBatch") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values)
+        hits = recall_at_1(out.image_embeds.detach(), out.text_embeds.detach(), batch.same)
+        scale = self.model.logit_scale.clamp(max=float(np.log(100)))
+        return contrastive_loss(out.image_embeds, out.text_embeds, scale, batch.same), {"recall_at_1": hits}
+
+    def save(self, folder: Path) -> None:
+        save(self.model, self.processor, folder)
+
+
+class CaptionBatch:
+    """input_ids, attention_mask: [B, T]; pixel_values: [B, 3, H, W]; same: [B], equal numbers for equal captions."""
+
+    def __init__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor, same: torch.Tensor
+    ) -> None:
+        self.input_ids, self.attention_mask, self.pixel_values, self.same = input_ids, attention_mask, pixel_values, same
+        self.supervised, self.tokens = len(same), int(attention_mask.sum())
+
+    def to(self, device: torch.device) -> "CaptionBatch":
+        tensors = BatchEncoding(vars(self)).to(device)
+        return CaptionBatch(tensors["input_ids"], tensors["attention_mask"], tensors["pixel_values"], tensors["same"])
+
+
+class Language(Objective):
+    """Next-token prediction by the LM alone, on chats without images."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+        self.model = build_language_model(recipe.model.language, tokenizer, run)
+        self.tokenizer, self.stage = tokenizer, stage
+        self.chat = ChatEncoder(tokenizer, None, "<image>", 1)
+        self.context = recipe.context or self.model.config.max_position_embeddings
+
+    def make(self, pairs: Sequence[Pair]) -> Batch:
+        return collate_text(_encode(pairs, self.chat, self.context, self.stage), self.tokenizer.pad_token_id)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return summed_cross_entropy(model(input_ids=batch.input_ids, use_cache=False).logits, batch.labels), {}
+
+    def save(self, folder: Path) -> None:
+        save(self.model, self.tokenizer, folder)
+
+
+class Chat(Objective):
+    """Answers about images: alignment on captions, instruction tuning, with or without LoRA."""
+
+    def __init__(
+        self, recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, run: Run, before: Path | None, read: ImageCache
+    ) -> None:
+        self.vlm: Any
+        self.processor: VisionLanguageProcessor
+        if before is not None:
+            self.vlm, self.processor = load(before, dtype=torch.float32)
+        else:
+            self.vlm, self.processor = build_model(recipe, tokenizer, run)
+        self.stage, self.read = stage, read
+        self.context = recipe.context or self.vlm.config.text_config.max_position_embeddings
+        self.adapter: PeftModel | None = add_lora(self.vlm, stage.lora) if stage.lora else None
+        self.model = self.vlm  # adapters sit inside it: its forward is theirs
+
+    def make(self, pairs: Sequence[Pair]) -> Batch:
+        examples = _encode(pairs, self.processor.chat, self.context, self.stage)
+        pictures = [
+            self.stage.augment(self.read(path), rng)
+            for example, (_, rng) in zip(examples, pairs, strict=True)
+            for path in example.images
+        ]
+        return collate_chat(examples, pictures, self.processor)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        out = model(
+            input_ids=batch.input_ids,
+            pixel_values=batch.pixel_values,
+            media_index=batch.media_index,
+            document_start=batch.document_start,
+            use_cache=False,
+        )
+        return summed_cross_entropy(out.logits, batch.labels), {}
+
+    def save(self, folder: Path) -> None:
+        """The adapters are merged: the folder holds a whole model."""
+        if self.adapter is not None:
+            self.vlm, self.adapter = merged(self.adapter), None
+        save(self.vlm, self.processor, folder)
+
+
+def build_objective(
+    recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, run: Run, read: ImageCache
+) -> Objective:
+    """The stage's objective, its network as the stages before have left it."""
+    if stage.objective == "contrastive":
+        return Contrastive(recipe, stage, tokenizer, read)
+    if stage.objective == "language":
+        return Language(recipe, stage, tokenizer, run)
+    earlier = recipe.stages[: [other.name for other in recipe.stages].index(stage.name)]
+    before = next((run.stage(other.name) for other in reversed(earlier) if other.objective == "chat"), None)
+    return Chat(recipe, stage, tokenizer, run, before, read)
+
+
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in fp32, summed over the supervised tokens. logits: [B, T, V]; labels: [B, T], not yet shifted."""
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def _encode(pairs: Sequence[Pair], chat: ChatEncoder, context: int, stage: Stage) -> list[Example]:
+    return [encode_record(record, chat, context, stage.train_on, rng) for record, rng in pairs]

@@ -1,0 +1,166 @@
+"""`Recipe`: everything that decides what a training run does. YAML files, `a.b=c` overrides, frozen dataclasses."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data.augment import Augment
+from vlm.configuration import Connector, CrossAttention
+from vlm.errors import UserError
+from vlm.settings import apply_overrides, parse, read_yaml
+
+PARTS = {
+    "contrastive": ("vision_tower", "text_tower", "projections"),
+    "language": ("language_model",),
+    "chat": ("vision_tower", "connector", "cross_attention", "gates", "language_model", "lora"),
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An encoder or an LM: `pretrained` (a folder, a hub id, or stage:NAME of this recipe), or `config` with the fields
+    of its transformers configuration for random weights."""
+
+    pretrained: str | None = None
+    config: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pretrained is not None and self.config is not None:
+            raise ValueError("give pretrained or config, not both")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is built. `pretrained` goes on from a saved model; else the parts are put together.
+
+    text_tower: CLIPTextConfig fields of contrastive stages; tokenizer_vocab: size of the byte-level tokenizer that is
+    made from the recipe's texts when the LM brings none; image: settings of the image processor.
+    """
+
+    pretrained: str | None = None
+    vision: Backbone = field(default_factory=Backbone)
+    language: Backbone = field(default_factory=Backbone)
+    text_tower: dict[str, Any] | None = None
+    projection_dim: int = 128
+    tokenizer_vocab: int = 512
+    fusion: Literal["early", "deep"] = "early"
+    connector: Connector = field(default_factory=Connector)
+    cross_attention: CrossAttention = field(default_factory=CrossAttention)
+    feature_layer: int | list[int] = -2
+    feature_select: Literal["patch", "cls_patch"] = "patch"
+    image: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A file of rows and the folder of its images (default: `images` beside the file). Relative to data_root."""
+
+    path: str
+    images: str | None = None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA (Hu et al. 2021) on the language model's linear layers: all of them, or those whose name ends in a target."""
+
+    rank: int = 16
+    alpha: float | None = None  # default: 2 x rank
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training. Parts without a learning rate are frozen.
+
+    batch_size: rows per optimizer step, over all ranks; micro_batch_size: rows per forward on one rank; warmup: share
+    of the steps; group: rows that stay neighbours when shuffled; train_on: which tokens the loss counts.
+    """
+
+    name: str
+    objective: Literal["contrastive", "language", "chat"]
+    data: tuple[Data, ...]
+    steps: int
+    learning_rates: dict[str, float]
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    lora: Lora | None = None
+    weight_decay: float = 0.0
+    warmup: float = 0.04
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    train_on: Literal["assistant", "all"] = "assistant"
+    shuffle: bool = True
+    group: int = 1
+    augment: Augment = field(default_factory=Augment)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.data:
+            raise ValueError(f"stage {self.name!r} needs data")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"stage name {self.name!r} can't name a folder")
+        known = PARTS[self.objective]
+        for part, rate in self.learning_rates.items():
+            if part not in known:
+                near = difflib.get_close_matches(part, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"parts here: {', '.join(known)}"
+                raise ValueError(f"learning_rates.{part}: no such part of a {self.objective} stage; {hint}")
+            if rate < 0:
+                raise ValueError(f"learning_rates.{part} can't be negative, got {rate}")
+        if not any(self.learning_rates.values()):
+            raise ValueError(f"stage {self.name!r} learns nothing: every learning rate is 0")
+        if (self.lora is not None) != bool(self.learning_rates.get("lora")):
+            raise ValueError("lora settings and a learning rate for lora go together")
+        micro = self.micro_batch_size or self.batch_size
+        if self.batch_size % micro:
+            raise ValueError(f"micro_batch_size {micro} doesn't divide batch_size {self.batch_size}")
+        if self.objective == "contrastive" and micro != self.batch_size:
+            raise ValueError("a contrastive batch can't be split: its rows are each other's negatives")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. precision auto: bf16 on CUDA, fp32 elsewhere. threads: CPU threads, kept for exact resume."""
+
+    model: Model
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    data_root: str = "."
+    context: int | None = None  # tokens a row may have; default: the LM's own
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int | None = None
+    workers: int = 0
+    image_cache_mb: int = 1024
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise ValueError("a recipe needs at least one stage")
+        if len(set(names)) < len(names):
+            raise ValueError(f"stage names must differ, got {', '.join(names)}")
+        for backbone in (self.model.vision, self.model.language):
+            wanted = (backbone.pretrained or "").removeprefix("stage:")
+            if (backbone.pretrained or "").startswith("stage:") and wanted not in names:
+                raise ValueError(f"no stage {wanted!r} in this recipe; there are {', '.join(names)}")
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML file with overrides applied; UserError with the path of what is wrong."""
+    settings = apply_overrides(read_yaml(path), overrides or [])
+    recipe = parse(Recipe, settings, str(path))
+    root = Path(recipe.data_root)
+    if not root.is_dir():
+        raise UserError(f"{path}: data_root {recipe.data_root!r} is no folder")
+    return recipe

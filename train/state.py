@@ -1,0 +1,72 @@
+"""Checkpoints: everything that the rest of a stage depends on, written aside and renamed, read back bit for bit."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vlm.checkpoint import written_aside
+from vlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Position:
+    """stage: index in the recipe; done: its finished steps; step: finished steps of the whole run."""
+
+    stage: int
+    done: int
+    step: int
+
+
+def save_state(
+    folder: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+) -> None:
+    """checkpoints/step-N with what learns, the optimizer and the random state; older ones beyond `keep` go."""
+    learning = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    random: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state_all()
+    with written_aside(folder / f"step-{position.step}") as partial:
+        save_file(learning, partial / "learning.safetensors")
+        state = {"optimizer": optimizer.state_dict(), "random": random, "position": vars(position)}
+        torch.save(state, partial / "state.pt")
+    for old in sorted(folder.glob("step-*"), key=_number)[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run."""
+    return max(folder.glob("step-*"), key=_number, default=None)
+
+
+def read_position(checkpoint: Path) -> Position:
+    return Position(**_read(checkpoint)["position"])
+
+
+def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts model, optimizer and random state back as they were. The model must have the same learning parts."""
+    saved = load_file(checkpoint / "learning.safetensors")
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if saved.keys() != learning.keys():
+        raise UserError(f"{checkpoint}: was saved with other learning parts than this recipe has")
+    with torch.no_grad():
+        for name, parameter in learning.items():
+            parameter.copy_(saved[name])
+    state = _read(checkpoint)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if "cuda" in state["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
+    return state
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -1,0 +1,12 @@
+"""Importing this module lets transformers' Auto classes find ours."""
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from vlm.configuration import VisionLanguageConfig
+from vlm.modeling import VisionLanguageModel
+from vlm.processing import VisionLanguageProcessor
+
+AutoConfig.register(VisionLanguageConfig.model_type, VisionLanguageConfig, exist_ok=True)
+AutoModelForImageTextToText.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)
+AutoModelForCausalLM.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)
+AutoProcessor.register(VisionLanguageConfig, VisionLanguageProcessor, exist_ok=True)

@@ -1,0 +1,172 @@
+"""From messages to token ids, with structure kept: every token knows which message it came from.
+
+A chat template mixes control text with what people wrote. It is rendered once with marks in place of the people's
+texts; what lies between the marks is the template's own and may hold control tokens, what people wrote may not: a
+literal `<image>` or `<|end|>` in a text stays text. The result is checked against the template's real rendering.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from vlm.errors import UserError
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatTokens:
+    """input_ids [T]; supervised [T], True on what the assistant must say, end of turn included; images in the text."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the rendered chat: the template's own text, or (with `message` set) what that message says."""
+
+    text: str
+    message: int | None = None
+
+
+class ChatEncoder:
+    """Encodes chats with one tokenizer and template. Safe to share between threads.
+
+    placeholders: how many image tokens take the place of each image mark of the template.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str | None, image_token: str, placeholders: int
+    ) -> None:
+        self.tokenizer, self.template, self.placeholders = tokenizer, template, placeholders
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(f"{type(tokenizer).__name__} has no fast tokenizer; use a model with a tokenizer.json")
+        # a private copy that reads control tokens in ordinary text as text: the shared one switches per call
+        self._plain = Tokenizer.from_str(backend.to_str())
+        self._plain.encode_special_tokens = True
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        self._control = dict(sorted(added.items(), key=lambda item: -len(item[0])))
+        self.image_token, self.image_token_id = image_token, added.get(image_token)
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> ChatTokens:
+        """Tokens of a chat. UserError when the template can't render it."""
+        return self.tokenise(self.render(messages, add_generation_prompt), messages)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
+        """The chat as the template writes it, cut into the template's text and the people's."""
+        texts = [text for message in messages for text in _texts(message)]
+        mark = "\ue000"
+        while any(mark in text for text in texts):
+            mark += "\ue000"
+        marks = [f"{mark}{index}\ue001" for index in range(len(texts))]
+        numbers = iter(range(len(texts)))
+        marked = [_with_texts(message, [marks[next(numbers)] for _ in _texts(message)]) for message in messages]
+        rest = self._apply(marked, add_generation_prompt)
+        rendered = self._apply(messages, add_generation_prompt)
+        owners = [index for index, message in enumerate(messages) for _ in _texts(message)]
+        segments: list[Segment] = []
+        position = 0
+        for here, text, owner in zip(marks, texts, owners, strict=True):
+            scaffold, found, rest = rest.partition(here)
+            position += len(scaffold)
+            # many templates strip what people wrote
+            said = next((form for form in (text, text.strip()) if rendered.startswith(form, position)), None)
+            if not found or said is None:
+                raise UserError(f"the chat template drops or rewrites message {owner + 1} of {len(messages)}; use another template")
+            segments += [Segment(scaffold), Segment(said, owner)]
+            position += len(said)
+        segments.append(Segment(rest))
+        if "".join(segment.text for segment in segments) != rendered:
+            raise UserError("the chat template's text depends on what the messages say; use another template")
+        return segments
+
+    def tokenise(self, segments: Sequence[Segment], messages: Sequence[Message]) -> ChatTokens:
+        ids: list[int] = []
+        supervised: list[bool] = []
+        num_images = 0
+        answering = False  # the turn of an assistant is open: its text was said, its end mark not yet
+        for piece, control in self._pieces(segments):
+            if control is not None:
+                if control == self.image_token_id:
+                    num_images += 1
+                    ids += [control] * self.placeholders
+                    supervised += [False] * self.placeholders
+                else:
+                    ids.append(control)
+                    supervised.append(answering)
+                answering = False
+                continue
+            encoding = self._plain.encode("".join(segment.text for segment in piece), add_special_tokens=False)
+            ends: list[tuple[int, bool]] = []
+            length = 0
+            for segment in piece:
+                length += len(segment.text)
+                said = segment.message is not None and messages[segment.message]["role"] == "assistant"
+                ends.append((length, said))
+                if segment.message is not None:
+                    answering = said
+            ids += encoding.ids
+            supervised += [next(said for end, said in ends if stop <= end) for _, stop in encoding.offsets]
+        return ChatTokens(ids, supervised, num_images)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text; control tokens in it are text."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _pieces(self, segments: Sequence[Segment]) -> list[tuple[list[Segment], int | None]]:
+        """Control tokens of the template, and between them runs of ordinary text that must be tokenised as one."""
+        pieces: list[tuple[list[Segment], int | None]] = []
+        run: list[Segment] = []
+        for segment in segments:
+            if segment.message is not None:
+                run.append(segment)
+                continue
+            text = segment.text
+            while text:
+                hits = [(text.find(token), -len(token), token) for token in self._control if token in text]
+                start, _, token = min(hits) if hits else (len(text), 0, "")
+                if start:
+                    run.append(Segment(text[:start]))
+                if token:
+                    if run:
+                        pieces.append((run, None))
+                    pieces.append(([], self._control[token]))
+                    run = []
+                text = text[start + len(token) :]
+        return pieces + [(run, None)] if run else pieces
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # templates raise whatever they like; all of it is about the messages
+            raise UserError(f"the chat template refuses these messages: {error}") from error
+        assert isinstance(rendered, str)
+        return rendered
+
+
+def _texts(message: Message) -> list[str]:
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+
+
+def _with_texts(message: Message, texts: list[str]) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": texts[0]}
+    rest = iter(texts)
+    parts = [{**part, "text": next(rest)} if part["type"] == "text" else part for part in content]
+    return {**message, "content": parts}

@@ -1,0 +1,118 @@
+"""Model folders: loading with the doors shut (no pickles, no remote code), saving whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from vlm.errors import UserError
+from vlm.modeling import VisionLanguageModel
+from vlm.processing import VisionLanguageProcessor
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    adapter: Path | None = None,
+) -> tuple[VisionLanguageModel, VisionLanguageProcessor]:
+    """The model and processor of a folder or hub id, in eval mode. A folder that holds an adapter loads its base, too.
+
+    dtype None keeps the dtype of the files. UserError with one sentence for anything that is not a model of ours.
+    """
+    folder = Path(source)
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{folder}: an adapter that doesn't name its base model")
+        return load(base, device, dtype, adapter=folder)
+    check_source(source, model_type="vlm")
+    try:
+        model = VisionLanguageModel.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
+        processor = VisionLanguageProcessor.from_pretrained(source)
+    except SafetensorError as error:
+        raise UserError(f"{source}: the weights are cut off or broken ({error})") from None
+    except (OSError, KeyError, RuntimeError) as error:
+        raise UserError(f"{source}: cannot be loaded ({_first_line(error)})") from error
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
+    return model.to(device).eval(), processor
+
+
+def merge_adapter(model: VisionLanguageModel, adapter: Path) -> VisionLanguageModel:
+    """The model with a LoRA folder merged into its weights."""
+    from peft import PeftModel
+
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter}: no adapter_model.safetensors there")
+    merged: VisionLanguageModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return merged
+
+
+def check_source(source: str | Path, model_type: str | None = None) -> dict[str, Any]:
+    """config.json of a local model folder ({} for a hub id). UserError if it is no model, or brings pickles or code."""
+    folder = Path(source)
+    if not folder.exists():
+        if str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
+            return {}
+        raise UserError(f"{source}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{source}: not a model folder (no config.json in it)")
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: not valid JSON ({error})") from None
+    if "auto_map" in config:
+        raise UserError(f"{source}: its config asks to run code from the folder (auto_map); that is never done")
+    if not list(folder.glob("*.safetensors")):
+        pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+        why = f"only pickled weights ({pickles[0]}), which are never loaded" if pickles else "no *.safetensors in it"
+        raise UserError(f"{source}: {why}")
+    if model_type is not None and config.get("model_type") != model_type:
+        raise UserError(f"{source}: a {config.get('model_type')!r} model, where a {model_type!r} model is needed")
+    return config
+
+
+def save(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None = None) -> None:
+    """Writes a Hugging Face folder; an older one there is replaced only once the new one is whole.
+
+    extra: further text files by name (a model card, say).
+    """
+    with written_aside(folder) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        for name, text in (extra or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block ends well, and vanishes when it doesn't."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+            folder.rename(old)
+            partial.rename(folder)
+            shutil.rmtree(old)
+        else:
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

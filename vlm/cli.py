@@ -1,0 +1,81 @@
+"""The one door: `vlm COMMAND ...`. Only the module of the command asked for is imported."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from vlm import __version__
+from vlm.errors import UserError
+
+# command -> ("module:function that adds the arguments and sets `run`", help line)
+COMMANDS = {
+    "demo": ("train.commands:demo", "build, train, evaluate and ask a small model, from nothing, in minutes"),
+    "train": ("train.commands:train", "run a recipe: pretraining, alignment, instruction tuning, LoRA"),
+    "eval": ("train.commands:evaluate", "answer a benchmark's questions with a model and score the answers"),
+    "score": ("data.commands:score", "score a file of predictions against its references"),
+    "chat": ("serve.commands:chat", "ask a model about pictures, once or in a conversation"),
+    "serve": ("serve.commands:serve", "serve a model behind an OpenAI-compatible URL"),
+    "data": ("data.commands:data", "make and look at data"),
+    "report": ("train.commands:report", "write a run's page of curves and samples"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0 when done, 1 when the work failed (one sentence on stderr); usage errors exit 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
+    options = parse(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except KeyboardInterrupt as stopped:
+        print(f"vlm {options.command}: {stopped or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        hint = "" if isinstance(error, UserError) else f" [{type(error).__name__}; --debug shows where]"
+        print(f"vlm {options.command}: {error}{hint}", file=sys.stderr)
+        return 1
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line; exits 2 with usage on stderr when it is malformed."""
+    return make_parser(argv[0] if argv else None).parse_args(list(argv))
+
+
+def make_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser with the arguments of `command` filled in; the other commands are only names and help lines."""
+    parser = argparse.ArgumentParser(
+        prog="vlm",
+        description="Build, fine-tune, evaluate and serve vision-language models.",
+        epilog="vlm COMMAND --help explains a command. Tab completion: eval \"$(register-python-argcomplete vlm)\"",
+    )
+    parser.add_argument("--version", action="version", version=f"vlm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (target, summary) in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == command:
+            module, _, function = target.partition(":")
+            getattr(import_module(module), function)(sub)
+            sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _complete() -> None:
+    import argcomplete
+
+    words = shlex.split(os.environ.get("COMP_LINE", ""), posix=True)
+    argcomplete.autocomplete(make_parser(words[1] if len(words) > 1 and words[1] in COMMANDS else None))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

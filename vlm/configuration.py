@@ -1,0 +1,125 @@
+"""What a model is, as saved in config.json: an encoder, a connector, a causal LM and how they are fused."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from vlm.settings import parse
+
+
+@dataclass(frozen=True)
+class Connector:
+    """From the encoder's patches to what the LM sees.
+
+    mlp: `depth` linear layers with `activation` between (depth 1 is a linear projector), after average pooling of
+    `pool` x `pool` patches. perceiver: `num_latents` learned queries over `depth` layers (Flamingo, section 3.1).
+    """
+
+    type: Literal["mlp", "perceiver"] = "mlp"
+    depth: int = 2
+    activation: str = "gelu"
+    pool: int = 1
+    num_latents: int = 64
+    heads: int = 8
+    head_dim: int = 64
+    ff_mult: int = 4
+    position_std: float = 0.0  # > 0 adds learned positions to the patches, drawn with this deviation
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "pool", "num_latents", "heads", "head_dim", "ff_mult"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"connector.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """The gated blocks of deep fusion: one before every `every`-th decoder layer (Flamingo, section 3.2)."""
+
+    every: int = 1
+    heads: int = 8
+    head_dim: int = 64
+    ff_mult: int = 4
+    attend: Literal["last", "all"] = "last"
+    ffn_without_media: Literal["apply", "zero"] = "apply"
+
+    def __post_init__(self) -> None:
+        for name in ("every", "heads", "head_dim", "ff_mult"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"cross_attention.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@strict
+class VisionLanguageConfig(PreTrainedConfig):
+    """Configuration of `VisionLanguageModel`.
+
+    `vision_feature_layer` is an index into the encoder's hidden states (negative from the end), or a list of them to
+    be concatenated over channels; `vision_feature_select` keeps the patches or the class token, too.
+    """
+
+    model_type = "vlm"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    fusion: Literal["early", "deep"] = "early"
+    connector: dict[str, Any] | None = None
+    cross_attention: dict[str, Any] | None = None
+    vision_feature_layer: int | list[int] = -2
+    vision_feature_select: Literal["patch", "cls_patch"] = "patch"
+    image_token_id: int = 32000
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _sub_config(self.vision_config, "clip_vision_model")
+        self.text_config = _sub_config(self.text_config, "llama")
+        self.connector = dict(self.connector or {})
+        self.cross_attention = dict(self.cross_attention or {})
+        # the LM child ties its own embeddings; the flag is mirrored since generation and saving read it here
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+        _ = self.connector_settings, self.cross_attention_settings
+
+    @property
+    def connector_settings(self) -> Connector:
+        return parse(Connector, self.connector, "connector")
+
+    @property
+    def cross_attention_settings(self) -> CrossAttention:
+        return parse(CrossAttention, self.cross_attention, "cross_attention")
+
+    @property
+    def patches_per_image(self) -> int:
+        """Vectors that the encoder hands to the connector for one image."""
+        vision: Any = self.vision_config
+        side = vision.image_size // vision.patch_size
+        return int(side * side) + (self.vision_feature_select == "cls_patch")
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Vectors of one image that the LM sees: the single place where image tokens are counted."""
+        settings = self.connector_settings
+        if settings.type == "perceiver":
+            return settings.num_latents
+        if settings.pool == 1:
+            return self.patches_per_image
+        vision: Any = self.vision_config
+        side = vision.image_size // vision.patch_size
+        return int(-(-side // settings.pool)) ** 2
+
+    @property
+    def placeholders_per_image(self) -> int:
+        """Image tokens that stand for one image in input_ids: all of its vectors (early), or one mark (deep)."""
+        return self.tokens_per_image if self.fusion == "early" else 1
+
+
+def _sub_config(value: dict[str, Any] | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    settings = dict(value or {})
+    name = settings.pop("model_type", default)
+    if name not in CONFIG_MAPPING:
+        raise ValueError(f"unknown model_type {name!r}: not a model of the installed transformers")
+    config: PreTrainedConfig = CONFIG_MAPPING[name](**settings)
+    return config

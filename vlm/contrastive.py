@@ -1,0 +1,36 @@
+"""Contrastive training of an encoder and a text tower (CLIP, Radford et al. 2021), with equal captions as positives."""
+
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+
+def make_clip(vision: dict[str, Any], text: dict[str, Any], projection_dim: int) -> CLIPModel:
+    """A CLIP with random weights. `text` needs the tokenizer's vocab_size, eos_token_id and pad_token_id."""
+    # transformers pools at the largest id when eos_token_id is 2, as a courtesy to old checkpoints
+    if text.get("eos_token_id") == 2:
+        raise ValueError("eos_token_id 2 switches CLIP's text tower to a legacy pooling; use another id")
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection_dim))
+
+
+def contrastive_loss(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, text_ids: torch.Tensor
+) -> torch.Tensor:
+    """Symmetric cross-entropy over a batch, summed over its pairs.
+
+    image_embeds, text_embeds: [B, D], unit length; text_ids: [B], equal numbers mark equal captions: each of them is
+    as right as the other, so the target is spread over all (with no repeats this is CLIP's loss).
+    """
+    logits = logit_scale.exp() * image_embeds @ text_embeds.T  # [B, B]
+    same = (text_ids[:, None] == text_ids[None, :]).to(logits.dtype)
+    target = same / same.sum(1, keepdim=True)
+    by_image = -(target * logits.log_softmax(1)).sum()
+    by_text = -(target * logits.T.log_softmax(1)).sum()
+    return (by_image + by_text) / 2
+
+
+def recall_at_1(image_embeds: torch.Tensor, text_embeds: torch.Tensor, text_ids: torch.Tensor) -> torch.Tensor:
+    """Images of the batch whose nearest caption is (equal to) their own, as a count."""
+    nearest = (image_embeds @ text_embeds.T).argmax(1)
+    return (text_ids[nearest] == text_ids).sum()

@@ -1,0 +1,99 @@
+"""Gated cross-attention (Flamingo, section 3.2 and figure 4), put before decoder layers of any causal LM.
+
+The blocks live beside the LM and enter through forward pre-hooks, so the LM keeps its own module names: its saved keys
+stay plain, LoRA finds its layers, and it can be swapped. What a block needs travels as arguments of the call, never as
+state on a module, so requests can't leak into each other and recomputation sees what the first pass saw.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.configuration import CrossAttention
+from vlm.fusion import MediaLayout, gated_layer_indices
+from vlm.resampler import FeedForward
+from vlm.visual import KeyValue, Visual
+
+
+class GatedCrossAttention(nn.Module):
+    """x + tanh(attn_gate) * attention(x, media), then x + tanh(ff_gate) * feed_forward(x). Gates start at 0."""
+
+    def __init__(self, settings: CrossAttention, width: int, media_width: int) -> None:
+        super().__init__()
+        inner = settings.heads * settings.head_dim
+        self.heads = settings.heads
+        self.zero_ffn_without_media = settings.ffn_without_media == "zero"
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(media_width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.feed_forward = FeedForward(width, settings.ff_mult)
+        self.ff_gate = nn.Parameter(torch.zeros(1))
+
+    def project(self, tokens: torch.Tensor) -> KeyValue:
+        """Keys and values of visual tokens [S, D] -> two of [S, H, Dh]."""
+        key, value = self.to_kv(tokens).chunk(2, dim=-1)
+        return key.unflatten(-1, (self.heads, -1)), value.unflatten(-1, (self.heads, -1))
+
+    def forward(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, ready: KeyValue | None, layout: MediaLayout
+    ) -> torch.Tensor:
+        """hidden: [B, T, D] of the LM; tokens: [S, Dv]; ready: their keys and values if already projected."""
+        key, value = ready or self.project(tokens)
+        if layout.index is None:
+            key, value = (part.unflatten(0, (hidden.shape[0], -1)) for part in (key, value))
+        else:
+            key, value = key[layout.index], value[layout.index]  # [B, M, H, Dh]
+        query = self.to_q(self.norm(hidden)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, Dh]
+        # softmax over nothing is undefined: tokens without an image look at everything, then their result is zeroed
+        visible = layout.visible | ~layout.any_visible[:, None]
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible
+        )
+        attended = self.to_out(attended.transpose(1, 2).flatten(2))
+        hidden = hidden + self.attn_gate.tanh() * attended.masked_fill(~layout.any_visible, 0.0)
+        fed = self.ff_gate.tanh() * self.feed_forward(hidden)
+        if self.zero_ffn_without_media:
+            fed = fed.masked_fill(~layout.any_visible, 0.0)
+        out: torch.Tensor = hidden + fed
+        return out
+
+
+def insert_blocks(decoder_layers: nn.ModuleList, settings: CrossAttention, width: int, media_width: int) -> nn.ModuleDict:
+    """Gated blocks for these decoder layers, hooked in; returned under the index of the layer each stands before."""
+    blocks = nn.ModuleDict()
+    gated = gated_layer_indices(settings, len(decoder_layers))
+    for position, index in enumerate(gated):
+        block = GatedCrossAttention(settings, width, media_width)
+        blocks[str(index)] = block
+        hook = partial(_attend_before_layer, block=block, position=position)
+        decoder_layers[index].register_forward_pre_hook(hook, with_kwargs=True)
+    for index in set(range(len(decoder_layers))) - set(gated):
+        decoder_layers[index].register_forward_pre_hook(_drop_media, with_kwargs=True)
+    return blocks
+
+
+def _attend_before_layer(
+    _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, block: GatedCrossAttention, position: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    visual: Visual | None = kwargs.pop("visual", None)
+    layout: MediaLayout | None = kwargs.pop("media_layout", None)
+    if visual is None or layout is None:
+        if block.zero_ffn_without_media:
+            return args, kwargs
+        # Flamingo applies the feed-forward to text without images, too
+        fed = block.ff_gate.tanh() * block.feed_forward(args[0])
+        return (args[0] + fed, *args[1:]), kwargs
+    ready = visual.layers[position] if visual.layers else None
+    return (block(args[0], visual.tokens, ready, layout), *args[1:]), kwargs
+
+
+def _drop_media(
+    _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kwargs.pop("visual", None)
+    kwargs.pop("media_layout", None)
+    return args, kwargs

@@ -1,0 +1,30 @@
+"""The MLP projector of LLaVA (Liu et al. 2023, section 4.1; two layers since LLaVA-1.5), with optional pooling."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from vlm.configuration import Connector
+
+
+class MLPProjector(nn.Module):
+    """[I, P, in_size] patches -> [I, P / pool^2, out_size]; `layers.0`, `layers.2` ... are the linear ones."""
+
+    def __init__(self, settings: Connector, in_size: int, out_size: int) -> None:
+        super().__init__()
+        self.pool = settings.pool
+        layers: list[nn.Module] = [nn.Linear(in_size, out_size)]
+        for _ in range(settings.depth - 1):
+            layers += [ACT2FN[settings.activation], nn.Linear(out_size, out_size)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.pool > 1:
+            side = round(features.shape[1] ** 0.5)
+            if side * side != features.shape[1]:
+                raise ValueError(f"pooling needs a square grid of patches, got {features.shape[1]} (leave out the class token)")
+            grid = features.transpose(1, 2).unflatten(2, (side, side))  # [I, D, side, side]
+            grid = nn.functional.avg_pool2d(grid, self.pool, ceil_mode=True)
+            features = grid.flatten(2).transpose(1, 2)
+        projected: torch.Tensor = self.layers(features)
+        return projected

@@ -1,0 +1,79 @@
+"""The Perceiver resampler of Flamingo (Alayrac et al. 2022, section 3.1 and figure 5): patches -> N latents."""
+
+import torch
+from torch import nn
+
+from vlm.configuration import Connector
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, widen, GELU, narrow; no biases, as in Flamingo's blocks."""
+
+    def __init__(self, width: int, mult: int) -> None:
+        super().__init__(
+            nn.LayerNorm(width),
+            nn.Linear(width, width * mult, bias=False),
+            nn.GELU(),
+            nn.Linear(width * mult, width, bias=False),
+        )
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the patches and to themselves: queries from latents, keys and values from [patches, latents]."""
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_media = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, width, bias=False)
+
+    def forward(self, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        latents = self.norm_latents(latents)
+        both = torch.cat([self.norm_media(media), latents], dim=1)
+        query = self.to_q(latents).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [I, H, N, Dh]
+        key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.to_kv(both).chunk(2, dim=-1)
+        )
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        out: torch.Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class PerceiverLayer(nn.Module):
+    def __init__(self, width: int, heads: int, head_dim: int, ff_mult: int) -> None:
+        super().__init__()
+        self.attention = PerceiverAttention(width, heads, head_dim)
+        self.feed_forward = FeedForward(width, ff_mult)
+
+    def forward(self, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        latents = latents + self.attention(media, latents)
+        out: torch.Tensor = latents + self.feed_forward(latents)
+        return out
+
+
+class PerceiverResampler(nn.Module):
+    """[I, P, in_size] patches -> [I, num_latents, out_size]. Without out_size the latents keep the encoder's width."""
+
+    def __init__(self, settings: Connector, in_size: int, out_size: int | None, patches: int) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(settings.num_latents, in_size))
+        self.positions = (
+            nn.Parameter(torch.randn(patches, in_size) * settings.position_std) if settings.position_std else None
+        )
+        self.layers = nn.ModuleList(
+            PerceiverLayer(in_size, settings.heads, settings.head_dim, settings.ff_mult) for _ in range(settings.depth)
+        )
+        self.norm = nn.LayerNorm(in_size)
+        self.out = nn.Linear(in_size, out_size) if out_size else nn.Identity()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.positions is not None:
+            features = features + self.positions
+        latents = self.latents.expand(features.shape[0], -1, -1)
+        for layer in self.layers:
+            latents = layer(features, latents)
+        out: torch.Tensor = self.out(self.norm(latents))
+        return out

@@ -1,0 +1,133 @@
+"""Settings files: YAML plus `a.b=c` overrides, checked into frozen dataclasses. A typo names the path and the nearest key."""
+
+import difflib
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from vlm.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError with line and column when it can't be read."""
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: a settings file is a mapping of names to values, not {type(loaded).__name__}")
+    return loaded
+
+
+def apply_overrides(settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Settings with each `a.b.0.c=value` applied; values are YAML, numbers in a path index lists."""
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise UserError(f"override {override!r}: write it as name.of.the.setting=value")
+        node: Any = settings
+        *parents, last = path.split(".")
+        for depth, key in enumerate(parents):
+            node = _child(node, key, ".".join(parents[:depth]), override, create=True)
+        value = yaml.load(text, Loader=_Loader) if text else None
+        if isinstance(node, list):
+            node[_index(node, last, override)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            raise UserError(f"override {override!r}: {'.'.join(parents)} is a plain value and has no settings below it")
+    return settings
+
+
+def parse(kind: type[T], settings: Any, source: str) -> T:
+    """`settings` as an instance of the dataclass `kind`; UserError naming the path of the first thing that is wrong."""
+    try:
+        return TypeAdapter(kind).validate_python(settings)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_explain(kind, detail) for detail in error.errors()[:5])) from None
+
+
+def dump(settings: Any) -> str:
+    """A dataclass as YAML that `parse` reads back to an equal one."""
+    return yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as text, since it lacks a dot; everybody means a number."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _child(node: Any, key: str, where: str, override: str, create: bool) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, override)]
+    if not isinstance(node, dict):
+        raise UserError(f"override {override!r}: {where} is a plain value and has no settings below it")
+    if node.get(key) is None and create:
+        node[key] = {}
+    return node[key]
+
+
+def _index(items: list[Any], key: str, override: str) -> int:
+    named = [i for i, item in enumerate(items) if isinstance(item, dict) and item.get("name") == key]
+    if named:
+        return named[0]
+    if key.isdigit() and int(key) < len(items):
+        return int(key)
+    names = [str(item["name"]) for item in items if isinstance(item, dict) and "name" in item]
+    raise UserError(f"override {override!r}: no entry {key!r}; there are {len(items)}{': ' * bool(names)}{', '.join(names)}")
+
+
+def _explain(kind: Any, detail: Any) -> str:
+    path = [part for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
+    where = ".".join(str(part) for part in path) or "settings"
+    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _keys_at(kind, path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{where}: unknown setting; {hint}"
+    if detail["type"] in ("missing", "missing_argument"):
+        return f"{where}: required, and missing"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    shown = "" if isinstance(detail.get("input"), (dict, list)) else f" (got {detail.get('input')!r})"
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _keys_at(kind: Any, path: list[Any]) -> list[str]:
+    """Names of the settings at `path` below the dataclass `kind`, looking through lists, tuples and unions."""
+    for part in path:
+        if is_dataclass(kind):
+            kind = get_type_hints(kind).get(str(part), object)
+        elif isinstance(part, int):
+            kind = get_args(kind)[0] if get_args(kind) else object
+        kind = next((arm for arm in (kind, *get_args(kind)) if is_dataclass(arm) or _holds_dataclass(arm)), kind)
+    return sorted(field.name for field in fields(kind)) if is_dataclass(kind) else []
+
+
+def _holds_dataclass(kind: Any) -> bool:
+    return any(is_dataclass(arm) for arm in get_args(kind))
+
+
+def plain(value: Any) -> Any:
+    """Nested settings as what YAML and JSON know: dicts with text keys, lists, plain values."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
