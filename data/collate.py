@@ -1,13 +1,16 @@
 """Examples -> Batch: padded, with every token's image slot and every image's pixels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from PIL import Image
 
 from data.encode import IGNORED, Example
 from vlm.fusion import index_media
 from vlm.processing import VisionLanguageProcessor
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,15 +28,22 @@ class Batch:
     tokens: int
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def collate_chat(
     examples: Sequence[Example], pictures: Sequence[Image.Image], processor: VisionLanguageProcessor
 ) -> Batch:
-    """A batch for `VisionLanguageModel`; pictures: those of all examples, in order. Without any it gets a blank one that no token refers to, so that
-    every rank runs the vision path in every step (a rank that doesn't would leave the others waiting)."""
+    """A batch for `VisionLanguageModel`; pictures: those of all examples, in order.
+
+    Without any it gets a blank one that no token refers to: a rank that left out the vision path in a step would leave
+    the others waiting for its gradients.
+    """
     pad = processor.tokenizer.pad_token_id
     input_ids, labels = pad_rows(examples, 0 if pad is None else pad)
     placeholders = (processor.placeholders_per_image,) * len(pictures)

@@ -9,7 +9,13 @@ from data.records import IMAGE_PART, ROLES, Message, Record, make_record, text_p
 from vlm.errors import UserError
 
 CAPTION_PROMPT = "describe the picture."
-_LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_LLAVA_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def read_row(row: Any, where: str, root: Path) -> Record:
@@ -19,7 +25,9 @@ def read_row(row: Any, where: str, root: Path) -> Record:
     for key, read in _FORMATS.items():
         if key in row:
             return read(row, where, root)
-    raise UserError(f"{where}: unknown kind of row (keys: {', '.join(map(str, row)) or 'none'}); known: {', '.join(_FORMATS)}")
+    raise UserError(
+        f"{where}: unknown kind of row (keys: {', '.join(map(str, row)) or 'none'}); known: {', '.join(_FORMATS)}"
+    )
 
 
 def _messages(row: dict[str, Any], where: str, root: Path) -> Record:
@@ -31,7 +39,12 @@ def _messages(row: dict[str, Any], where: str, root: Path) -> Record:
     for number, message in enumerate(row["messages"], start=1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise UserError(f"{where}: message {number} needs a role of {', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": _parts(message.get("content"), f"{where}: message {number}", images)})
+        messages.append(
+            {
+                "role": message["role"],
+                "content": _parts(message.get("content"), f"{where}: message {number}", images),
+            }
+        )
     return make_record(where, messages, images, root)
 
 
@@ -64,7 +77,12 @@ def _llava(row: dict[str, Any], where: str, root: Path) -> Record:
         role = _LLAVA_ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise UserError(f"{where}: turn {number} needs a 'from' of human or gpt and a text 'value'")
-        messages.append({"role": role, "content": _split_marks(turn["value"]) if images and role == "user" else [text_part(turn["value"])]})
+        messages.append(
+            {
+                "role": role,
+                "content": _split_marks(turn["value"]) if images and role == "user" else [text_part(turn["value"])],
+            }
+        )
     return make_record(where, messages, images, root)
 
 

@@ -17,8 +17,9 @@ def target_modules(model: VisionLanguageModel, targets: tuple[str, ...]) -> list
     layers = {id(module) for module in decoder_layers(model.language_model).modules()}
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in layers]
     known = {name.rsplit(".", 1)[-1] for name in linear}
-    if unknown := set(targets) - known:
-        raise UserError(f"lora.targets: the language model has no {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    if unknown := sorted(set(targets) - known):
+        there = ", ".join(sorted(known))
+        raise UserError(f"lora.targets: the language model has no {', '.join(unknown)}; there are {there}")
     return [name for name in linear if not targets or name.rsplit(".", 1)[-1] in targets]
 
 
@@ -30,7 +31,7 @@ def add_lora(model: VisionLanguageModel, lora: Lora) -> PeftModel:
         lora_dropout=lora.dropout,
         target_modules=target_modules(model, lora.targets),
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 def save_adapter(adapter: PeftModel, folder: Path, base: str) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPModel,
     CLIPVisionConfig,
-    CONFIG_MAPPING,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -84,7 +84,11 @@ def build_language_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase,
     kind = settings.pop("model_type", "llama")
     if kind not in CONFIG_MAPPING:
         raise UserError(f"model.language.config.model_type: unknown {kind!r}")
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     built: PreTrainedModel = AutoModelForCausalLM.from_config(
         CONFIG_MAPPING[kind](**{"vocab_size": len(tokenizer), **ids, **settings})
     )

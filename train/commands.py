@@ -26,3 +26,86 @@ def _train(options: argparse.Namespace) -> int:
     run = run_training(recipe, options.out or Path("runs") / options.recipe.stem, options.resume)
     print(f"done: {run.model}")
     return 0
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "examples:\n"
+        "  vlm eval runs/demo/model --task exact --data runs/demo/scenes/heldout.jsonl --out runs/eval\n"
+        "  vlm eval runs/demo/model --task exact --data runs/demo/scenes/heldout.jsonl --control blind --out runs/blind"
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model folder or hub id")
+    parser.add_argument("--task", required=True, help="vqav2 or exact")
+    parser.add_argument("--data", type=Path, required=True, help="the benchmark's questions")
+    parser.add_argument("--images", type=Path, help="folder of the images (default: images beside the data)")
+    parser.add_argument("--out", type=Path, required=True, help="evaluation folder")
+    parser.add_argument("--limit", type=int, help="only the first N questions")
+    parser.add_argument(
+        "--control", choices=("none", "blind", "shuffled"), default="none", help="withhold or exchange images"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffled control")
+    parser.add_argument("--engine", choices=("torch",), default="torch")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from train.evaluate import evaluate
+
+    result = evaluate(
+        options.model,
+        options.task,
+        options.data,
+        options.images,
+        options.out,
+        limit=options.limit,
+        control=options.control,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        max_tokens=options.max_tokens,
+    )
+    for name, value in result.scores.metrics.items():
+        print(f"{name:32} {value:8.4f}")
+    print(f"n = {result.scores.n}, images: {result.control}, {result.seconds:.1f} s; {options.out / 'report.html'}")
+    return 0
+
+
+def report(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  vlm report runs/mine"
+    parser.add_argument("folder", type=Path, metavar="RUN")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from train.pages import write_run_page
+    from train.runs import Run
+    from vlm.errors import UserError
+
+    run = Run(options.folder)
+    if not run.recipe_file.is_file():
+        raise UserError(f"{options.folder}: not a run folder (no recipe.yaml in it)")
+    write_run_page(run, run.folder / "report.html")
+    print(run.folder / "report.html")
+    return 0
+
+
+def demo(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "examples:\n  vlm demo --out runs/demo\n  vlm demo --fusion deep --out runs/deep"
+    parser.add_argument("--fusion", choices=("early", "deep"), default="early")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of everything: shows that it runs, learns little"
+    )
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from train.demo import run_demo
+
+    return run_demo(options.out, options.fusion, options.seed, options.quick)

@@ -22,8 +22,8 @@ from train.parts import assert_only_these_learn, make_optimizer, manifest, split
 from train.recipe import Recipe, Stage
 from train.runs import Run, resolved
 from train.state import Position, latest, read_position, restore, save_state
-from vlm.checkpoint import written_aside
-from vlm.device import pick_device, pick_dtype
+from vlm.checkpoint import link_folder
+from vlm.device import keep_freed_memory, pick_device, pick_dtype
 from vlm.errors import UserError
 
 
@@ -35,7 +35,7 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
     """Trains all stages of a recipe into `folder`; stages that are finished there are not repeated."""
     device = pick_device(recipe.device)
     recipe = resolved(recipe, torch.get_num_threads())
-    _make_exact(recipe, device)
+    _prepare_process(recipe, device)
     run = Run(folder)
     for stage in recipe.stages:
         for source in open_sources(recipe, stage):
@@ -64,7 +64,7 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
                 objective.save(run.stage(stage.name))
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _publish(run, recipe.stages[-1])
+            link_folder(run.stage(recipe.stages[-1].name), run.model)
     return run
 
 
@@ -146,7 +146,7 @@ def optimizer_step(
 
 
 def set_rates(optimizer: torch.optim.Optimizer, stage: Stage, done: int) -> None:
-    """Linear warm-up to each part's own rate, then a half cosine to zero (or constant): a function of the step alone."""
+    """Linear warm-up to each part's own rate, then a half cosine to zero (or constant): by the step alone."""
     warmup = max(1, round(stage.warmup * stage.steps))
     if done < warmup:
         scale = (done + 1) / warmup
@@ -197,25 +197,12 @@ def _stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _make_exact(recipe: Recipe, device: torch.device) -> None:
-    """Bit-exact resume: the thread count is part of the run, and on the CPU only repeatable kernels are used."""
+def _prepare_process(recipe: Recipe, device: torch.device) -> None:
+    """For bit-exact resume the thread count is part of the run, and on the CPU only repeatable kernels are used."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     torch.use_deterministic_algorithms(device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def _publish(run: Run, last: Stage) -> None:
-    """model/: a copy of the last stage's folder, made of hard links where the disk allows."""
-    import os
-    import shutil
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copy2(source, target)
-
-    with written_aside(run.model) as partial:
-        shutil.copytree(run.stage(last.name), partial, dirs_exist_ok=True, copy_function=link)
+    # a debugging aid that costs a write of every new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    keep_freed_memory()

@@ -35,15 +35,12 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = None if self.quiet else self.run.metrics_file.open("a", encoding="utf-8")
         self.board = None if self.quiet else SummaryWriter(str(self.run.folder / "tensorboard"))
         self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-        if self.file is not None:
-            self.file.close()
         if self.board is not None:
             self.board.close()
 
@@ -65,10 +62,10 @@ class Monitor:
 
     def log(self, entry: dict[str, Any], done: int) -> None:
         """One finished step: a line of metrics.jsonl, a point on every curve."""
-        if self.file is None or self.board is None:
+        if self.board is None:
             return
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        with self.run.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
         for name, value in entry.items():
             if isinstance(value, float):
                 self.board.add_scalar(name, value, entry["step"])

@@ -30,7 +30,7 @@ Pair = tuple[Record, np.random.Generator]
 class Objective(ABC):
     """One stage's network and loss. `model` holds everything that could learn."""
 
-    model: nn.Module
+    model: Any
 
     @abstractmethod
     def make(self, pairs: Sequence[Pair]) -> Any:
@@ -62,7 +62,7 @@ class Contrastive(Objective):
             captions = record.captions or (record.messages[-1]["content"][0]["text"],)
             texts.append(captions[int(rng.integers(len(captions)))])
             pictures.append(self.stage.augment(self.read(record.images[0]), rng))
-        rows = [self.chat.encode_text(text)[: self.length - 1] + [self.end] for text in texts]
+        rows = [[*self.chat.encode_text(text)[: self.length - 1], self.end] for text in texts]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -87,9 +87,18 @@ class CaptionBatch:
     """input_ids, attention_mask: [B, T]; pixel_values: [B, 3, H, W]; same: [B], equal numbers for equal captions."""
 
     def __init__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor, same: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor,
+        same: torch.Tensor,
     ) -> None:
-        self.input_ids, self.attention_mask, self.pixel_values, self.same = input_ids, attention_mask, pixel_values, same
+        self.input_ids, self.attention_mask, self.pixel_values, self.same = (
+            input_ids,
+            attention_mask,
+            pixel_values,
+            same,
+        )
         self.supervised, self.tokens = len(same), int(attention_mask.sum())
 
     def to(self, device: torch.device) -> "CaptionBatch":
@@ -120,7 +129,13 @@ class Chat(Objective):
     """Answers about images: alignment on captions, instruction tuning, with or without LoRA."""
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, run: Run, before: Path | None, read: ImageCache
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        tokenizer: PreTrainedTokenizerBase,
+        run: Run,
+        before: Path | None,
+        read: ImageCache,
     ) -> None:
         self.vlm: Any
         self.processor: VisionLanguageProcessor

@@ -29,7 +29,9 @@ def split_into_parts(model: nn.Module, stage: Stage) -> list[Part]:
         members.setdefault(part_of(name, stage.objective), []).append((name, parameter))
     missing = {part for part, rate in stage.learning_rates.items() if rate} - set(members)
     if missing:
-        raise ValueError(f"stage {stage.name!r} gives a learning rate to {', '.join(sorted(missing))}, which this model lacks")
+        raise ValueError(
+            f"stage {stage.name!r} gives a learning rate to {', '.join(sorted(missing))}, which this model lacks"
+        )
     parts = [Part(name, stage.learning_rates.get(name, 0.0), tuple(held)) for name, held in members.items()]
     for part in parts:
         for _, parameter in part.parameters:
@@ -62,7 +64,15 @@ def make_optimizer(parts: Iterable[Part], stage: Stage) -> torch.optim.AdamW:
             held = [parameter for _, parameter in part.parameters if (parameter.ndim >= 2) == decays]
             if held:
                 decay = stage.weight_decay if decays else 0.0
-                groups.append({"params": held, "lr": part.rate, "peak": part.rate, "weight_decay": decay, "part": part.name})
+                groups.append(
+                    {
+                        "params": held,
+                        "lr": part.rate,
+                        "peak": part.rate,
+                        "weight_decay": decay,
+                        "part": part.name,
+                    }
+                )
     return torch.optim.AdamW(groups, betas=stage.betas)
 
 
@@ -77,5 +87,7 @@ def assert_only_these_learn(model: nn.Module, parts: Iterable[Part], optimizer: 
     learning = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert named == learning == held, "the optimizer and the recipe disagree about what learns"
-    astray = [name for name, _ in model.named_parameters() if "lora_" in name and not name.startswith("language_model.")]
+    astray = [
+        name for name, _ in model.named_parameters() if "lora_" in name and not name.startswith("language_model.")
+    ]
     assert not astray, f"adapters outside the language model: {astray[:3]}"

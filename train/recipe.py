@@ -65,7 +65,7 @@ class Lora:
     """LoRA (Hu et al. 2021) on the language model's linear layers: all of them, or those whose name ends in a target."""
 
     rank: int = 16
-    alpha: float | None = None  # default: 2 x rank
+    alpha: int | None = None  # default: 2 x rank
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
 

@@ -34,10 +34,14 @@ class Run:
         if self.recipe_file.is_file():
             held = parse(Recipe, read_yaml(self.recipe_file), str(self.recipe_file))
             if held != recipe:
-                raise UserError(f"{self.folder}: holds the run of another recipe ({_difference(held, recipe)}); use another --out")
+                raise UserError(
+                    f"{self.folder}: holds the run of another recipe ({_difference(held, recipe)}); use another --out"
+                )
             if not resume:
                 state = "a finished run" if self.finished else "an unfinished run"
-                raise UserError(f"{self.folder}: holds {state} of this recipe; --resume goes on with it, or use another --out")
+                raise UserError(
+                    f"{self.folder}: holds {state} of this recipe; --resume goes on with it, or use another --out"
+                )
             return
         if self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder}: not empty, and not a run; use another --out")

@@ -22,9 +22,7 @@ class Position:
     step: int
 
 
-def save_state(
-    folder: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
-) -> None:
+def save_state(folder: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
     """checkpoints/step-N with what learns, the optimizer and the random state; older ones beyond `keep` go."""
     learning = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     random: dict[str, Any] = {"cpu": torch.get_rng_state()}

@@ -80,7 +80,9 @@ class ChatEncoder:
             # many templates strip what people wrote
             said = next((form for form in (text, text.strip()) if rendered.startswith(form, position)), None)
             if not found or said is None:
-                raise UserError(f"the chat template drops or rewrites message {owner + 1} of {len(messages)}; use another template")
+                raise UserError(
+                    f"the chat template drops or rewrites message {owner + 1} of {len(messages)}; use another template"
+                )
             segments += [Segment(scaffold), Segment(said, owner)]
             position += len(said)
         segments.append(Segment(rest))
@@ -142,7 +144,7 @@ class ChatEncoder:
                     pieces.append(([], self._control[token]))
                     run = []
                 text = text[start + len(token) :]
-        return pieces + [(run, None)] if run else pieces
+        return [*pieces, (run, None)] if run else pieces
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:

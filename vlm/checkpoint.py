@@ -114,5 +114,18 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def link_folder(source: Path, target: Path) -> None:
+    """A copy of a folder that shares its files' disk space where the disk can."""
+
+    def link(file: str, copy: str) -> None:
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copy2(file, copy)
+
+    with written_aside(target) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True, copy_function=link)
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -55,7 +55,7 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlm",
         description="Build, fine-tune, evaluate and serve vision-language models.",
-        epilog="vlm COMMAND --help explains a command. Tab completion: eval \"$(register-python-argcomplete vlm)\"",
+        epilog='vlm COMMAND --help explains a command. Tab completion: eval "$(register-python-argcomplete vlm)"',
     )
     parser.add_argument("--version", action="version", version=f"vlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

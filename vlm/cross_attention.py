@@ -62,7 +62,9 @@ class GatedCrossAttention(nn.Module):
         return out
 
 
-def insert_blocks(decoder_layers: nn.ModuleList, settings: CrossAttention, width: int, media_width: int) -> nn.ModuleDict:
+def insert_blocks(
+    decoder_layers: nn.ModuleList, settings: CrossAttention, width: int, media_width: int
+) -> nn.ModuleDict:
     """Gated blocks for these decoder layers, hooked in; returned under the index of the layer each stands before."""
     blocks = nn.ModuleDict()
     gated = gated_layer_indices(settings, len(decoder_layers))
@@ -77,7 +79,12 @@ def insert_blocks(decoder_layers: nn.ModuleList, settings: CrossAttention, width
 
 
 def _attend_before_layer(
-    _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, block: GatedCrossAttention, position: int
+    _layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    block: GatedCrossAttention,
+    position: int,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     visual: Visual | None = kwargs.pop("visual", None)
     layout: MediaLayout | None = kwargs.pop("media_layout", None)

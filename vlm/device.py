@@ -1,5 +1,8 @@
 """Which device and number format a command runs on."""
 
+import ctypes
+import sys
+
 import torch
 
 from vlm.errors import UserError
@@ -22,3 +25,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory for the next step: training frees and asks for the same sizes again and again,
+    and handing each back to the system costs up to a quarter of a small model's CPU time. Elsewhere it does nothing."""
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
+        mallopt(trim_threshold, (1 << 31) - 1)

@@ -68,9 +68,7 @@ def lay_out_media(
     lowest = media_index if attend == "last" else torch.minimum(document_start, media_index)
     first = torch.where(absent, len(lengths) + 1, lowest).amin(1)  # [B]
     last = media_index.amax(1)
-    rows = [
-        [slot for slot in range(low, high + 1)] for low, high in zip(first.tolist(), last.tolist(), strict=True)
-    ]
+    rows = [range(low, high + 1) for low, high in zip(first.tolist(), last.tolist(), strict=True)]
     offsets = [0]
     for length in lengths:
         offsets.append(offsets[-1] + length)

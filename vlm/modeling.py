@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlm.configuration import VisionLanguageConfig
 from vlm.cross_attention import GatedCrossAttention, insert_blocks
-from vlm.fusion import index_media, lay_out_media
+from vlm.fusion import MediaLayout, index_media, lay_out_media
 from vlm.projector import MLPProjector
 from vlm.resampler import PerceiverResampler
 from vlm.vision import VisionTower
@@ -122,6 +122,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         visual: Visual | None = None,
         media_index: torch.Tensor | None = None,
         document_start: torch.Tensor | None = None,
+        media_layout: MediaLayout | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -132,7 +133,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         input_ids: [B, T] with image tokens; pixel_values: [I, 3, H, W] of all images in reading order, or `visual`,
         what `encode_images` made of them. media_index and document_start: [B, T], see `fusion.index_media`; found from
         the image tokens when left out (a prompt), required when decoding deep fusion from a cache. Images that no
-        token refers to take part with weight zero. Raises ValueError when image tokens and images don't match.
+        token refers to take part with weight zero. media_layout: what follows from the three in deep fusion, for a
+        decoding loop that keeps it between steps. Raises ValueError when image tokens and images don't match.
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -150,11 +152,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             if input_ids is not None:
                 inputs_embeds = self._scatter(input_ids, inputs_embeds, visual)
         elif visual is not None:
-            if media_index is None or document_start is None:
-                raise ValueError("decoding with images from a cache needs media_index and document_start")
-            attend = self.config.cross_attention_settings.attend
-            layout = lay_out_media(media_index, document_start, visual.lengths, attend)
-            layer_kwargs = {"visual": visual, "media_layout": layout}
+            if media_layout is None:
+                if media_index is None or document_start is None:
+                    raise ValueError("decoding with images from a cache needs media_index and document_start")
+                attend = self.config.cross_attention_settings.attend
+                media_layout = lay_out_media(media_index, document_start, visual.lengths, attend)
+            layer_kwargs = {"visual": visual, "media_layout": media_layout}
             if use_cache and not self.training and not visual.layers:
                 visual = layer_kwargs["visual"] = self.project_layers(visual)
         outputs = self.language_model(
@@ -188,7 +191,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
-        length = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else inputs["inputs_embeds"].shape[1]
+        length = (
+            inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else inputs["inputs_embeds"].shape[1]
+        )
         for name in ("media_index", "document_start"):
             if inputs.get(name) is not None:
                 inputs[name] = inputs[name][:, -length:]
@@ -199,7 +204,11 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         return inputs
 
     def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+        self,
+        outputs: Any,
+        model_kwargs: dict[str, Any],
+        is_encoder_decoder: bool = False,
+        num_new_tokens: int = 1,
     ) -> dict[str, Any]:
         kwargs: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
@@ -239,8 +248,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             slots = [sorted(set(row) - {0}) for row in rows for _ in range(expand_size)]
             visual = visual.select([slot for row in slots for slot in row])
         model_kwargs["visual"] = visual
-        expanded = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-        return expanded
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
 
 def decoder_layers(language_model: Any) -> nn.ModuleList:
@@ -250,4 +258,6 @@ def decoder_layers(language_model: Any) -> nn.ModuleList:
         layers = getattr(holder, "layers", None)
         if isinstance(layers, nn.ModuleList):
             return layers
-    raise ValueError(f"{type(language_model).__name__} keeps its decoder layers in an unknown place: deep fusion can't enter")
+    raise ValueError(
+        f"{type(language_model).__name__} keeps its decoder layers in an unknown place: deep fusion can't enter"
+    )

@@ -40,9 +40,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         pixel_values = self.image_processor(list(images), return_tensors="np")["pixel_values"]
         return torch.from_numpy(np.asarray(pixel_values, dtype=np.float32))
 
-    def __call__(
-        self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Rendered prompts and their images, as transformers calls it: image marks become image tokens."""
         texts = [text] if isinstance(text, str) else list(text or [])
         marked = [item.replace(self.image_token, self.image_token * self.placeholders_per_image) for item in texts]
@@ -69,7 +67,9 @@ def make_processor(
         **image_settings,
     }
     return VisionLanguageProcessor(
-        image_processor=CLIPImageProcessorPil(**settings), tokenizer=tokenizer, placeholders_per_image=placeholders
+        image_processor=CLIPImageProcessorPil(**settings),
+        tokenizer=tokenizer,
+        placeholders_per_image=placeholders,
     )
 
 

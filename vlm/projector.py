@@ -22,7 +22,9 @@ class MLPProjector(nn.Module):
         if self.pool > 1:
             side = round(features.shape[1] ** 0.5)
             if side * side != features.shape[1]:
-                raise ValueError(f"pooling needs a square grid of patches, got {features.shape[1]} (leave out the class token)")
+                raise ValueError(
+                    f"pooling needs a square grid of patches, got {features.shape[1]} (leave out the class token)"
+                )
             grid = features.transpose(1, 2).unflatten(2, (side, side))  # [I, D, side, side]
             grid = nn.functional.avg_pool2d(grid, self.pool, ceil_mode=True)
             features = grid.flatten(2).transpose(1, 2)

@@ -19,7 +19,7 @@ class FeedForward(nn.Sequential):
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the patches and to themselves: queries from latents, keys and values from [patches, latents]."""
+    """Latents attend to the patches and to themselves: keys and values come from [patches, latents]."""
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()

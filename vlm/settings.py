@@ -1,6 +1,7 @@
-"""Settings files: YAML plus `a.b=c` overrides, checked into frozen dataclasses. A typo names the path and the nearest key."""
+"""Settings files: YAML plus `a.b=c` overrides, checked into frozen dataclasses. Typos are named."""
 
 import difflib
+import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -63,13 +64,25 @@ def dump(settings: Any) -> str:
     return yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True, width=100)
 
 
+def find_config(name: str) -> Path:
+    """A file of the configs that come with the toolkit, in a checkout or an installation."""
+    home = Path(__file__).resolve().parent.parent
+    found = next(
+        (home / folder / name for folder in ("vlm_configs", "configs") if (home / folder / name).is_file()),
+        None,
+    )
+    if found is None:
+        raise UserError(f"no config {name!r} comes with this toolkit")
+    return found
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-3` as text, since it lacks a dot; everybody means a number."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
     list("-+0123456789."),
 )
 
@@ -91,7 +104,9 @@ def _index(items: list[Any], key: str, override: str) -> int:
     if key.isdigit() and int(key) < len(items):
         return int(key)
     names = [str(item["name"]) for item in items if isinstance(item, dict) and "name" in item]
-    raise UserError(f"override {override!r}: no entry {key!r}; there are {len(items)}{': ' * bool(names)}{', '.join(names)}")
+    raise UserError(
+        f"override {override!r}: no entry {key!r}; there are {len(items)}{': ' * bool(names)}{', '.join(names)}"
+    )
 
 
 def _explain(kind: Any, detail: Any) -> str:

@@ -28,7 +28,9 @@ class Visual:
 
     def __post_init__(self) -> None:
         if sum(self.lengths) != self.tokens.shape[0]:
-            raise ValueError(f"{self.tokens.shape[0]} visual tokens, but the lengths {self.lengths} sum to another number")
+            raise ValueError(
+                f"{self.tokens.shape[0]} visual tokens, but the lengths {self.lengths} sum to another number"
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,0 +1,122 @@
+"""The rows of every file, each made from its own random stream so that no row depends on another."""
+
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data.scenes.draw import Look, draw_look, render
+from data.scenes.language import DESCRIBE, captions
+from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_many
+from data.scenes.world import HELD_OUT, Scene, Thing, draw_scene, draw_twin
+
+Row = dict[str, Any]
+
+TEXT_QUESTIONS: Final = 4
+_RESTATED: Final = 0.5
+
+
+class Stream(IntEnum):
+    """Sources of randomness; the numbers are part of the format."""
+
+    TRAIN = 0
+    TRAIN_WORDS = 1
+    TEXT = 2
+    HELDOUT = 3
+    UNSEEN = 4
+
+
+class Drawn(NamedTuple):
+    """A scene with the look of its picture."""
+
+    scene: Scene
+    look: Look
+
+
+def _rng(seed: int, stream: Stream, index: int) -> np.random.Generator:
+    return np.random.default_rng([seed, stream, index])
+
+
+def train_pair(seed: int, pair: int) -> tuple[Drawn, Drawn]:
+    """Training scenes 2 * pair and 2 * pair + 1: twins with one look."""
+    rng = _rng(seed, Stream.TRAIN, pair)
+    scene = draw_scene(rng)
+    twin = draw_twin(rng, scene)
+    look = draw_look(rng)
+    return Drawn(scene, look), Drawn(twin, look)
+
+
+def train_rows(seed: int, index: int, scene: Scene, image: str, questions: int) -> tuple[Row, Row, Row]:
+    """The rows of one training picture in captions.jsonl, captions_chat.jsonl and chat.jsonl."""
+    rng = _rng(seed, Stream.TRAIN_WORDS, index)
+    first, second, described = captions(rng, scene, 3)
+    picture = {"type": "image", "image": image}
+    turns: list[Row] = []
+    for question in ask_many(rng, scene, questions):
+        turns.append({"role": "user", "content": question.text})
+        turns.append({"role": "assistant", "content": question.answer})
+    turns[0]["content"] = [picture, {"type": "text", "text": turns[0]["content"]}]
+    description = [
+        {"role": "user", "content": [picture, {"type": "text", "text": DESCRIBE}]},
+        {"role": "assistant", "content": described},
+    ]
+    return {"image": image, "captions": [first, second]}, {"messages": description}, {"messages": turns}
+
+
+def text_row(seed: int, index: int, total: int) -> Row:
+    """A row of text.jsonl: a caption, perhaps put in other words, and questions about it.
+
+    The first quarter of the `total` rows has scenes of one or two objects, the rest of up to four.
+    """
+    rng = _rng(seed, Stream.TEXT, index)
+    scene = draw_scene(rng, most=2 if 4 * index < total else 4)
+    caption, restated = captions(rng, scene, 2)
+    exchanges = [(question.text, question.answer) for question in ask_many(rng, scene, TEXT_QUESTIONS)]
+    if rng.random() < _RESTATED:
+        exchanges.insert(0, (DESCRIBE, restated))
+    turns: list[Row] = []
+    for asked, answer in exchanges:
+        turns.append({"role": "user", "content": asked if turns else f"{caption}. {asked}"})
+        turns.append({"role": "assistant", "content": answer})
+    return {"messages": turns}
+
+
+def heldout_item(seed: int, index: int) -> tuple[Drawn, Question]:
+    """Held-out scene and question; kinds take turns, and within a kind its answers do."""
+    rng = _rng(seed, Stream.HELDOUT, index)
+    turn, which = divmod(index, len(KINDS))
+    kind = KINDS[which]
+    answer = ANSWERS[kind][turn % len(ANSWERS[kind])]
+    while True:
+        scene = draw_scene(rng, reserved=True)
+        question = ask(rng, scene, kind, answer=answer)
+        if question is not None:
+            return Drawn(scene, draw_look(rng)), question
+
+
+def unseen_item(seed: int, index: int) -> tuple[Drawn, Question]:
+    """A scene with one object of a held-out pair, and a question that concerns this object.
+
+    Kinds take turns, then the held-out pairs, then the answers (of colour and shape the object has but one).
+    """
+    rng = _rng(seed, Stream.UNSEEN, index)
+    turn, which = divmod(index, len(KINDS))
+    kind = KINDS[which]
+    turn, which = divmod(turn, len(HELD_OUT))
+    pair = HELD_OUT[which]
+    # No scene that shows the object has none of its shape, so a count of 0 can't be asked for.
+    answers = ANSWERS[kind][1:] if kind == "count" else ANSWERS[kind]
+    answer = None if kind in ("colour", "shape") else answers[turn % len(answers)]
+    while True:
+        scene = draw_scene(rng, held_out=pair)
+        focus: Thing = next(thing for thing in scene if thing.pair == pair)
+        question = ask(rng, scene, kind, answer=answer, focus=focus)
+        if question is not None:
+            return Drawn(scene, draw_look(rng)), question
+
+
+def save_picture(drawn: Drawn, path: Path) -> None:
+    """Writes the picture as PNG; compressed a little only, which is several times faster."""
+    Image.fromarray(render(*drawn)).save(path, "PNG", compress_level=1)

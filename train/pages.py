@@ -1,0 +1,123 @@
+"""Pages for people: a run's curves, an evaluation's questions and answers. One HTML file each, nothing to download."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from data.benchmarks import Item
+from train.runs import Run
+from vlm.images import read_image
+
+if TYPE_CHECKING:
+    from train.evaluate import Evaluation
+
+THUMBNAIL = 160  # pixels
+MOST_CARDS = 200
+_templates = jinja2.Environment(loader=jinja2.PackageLoader("train"), autoescape=True, undefined=jinja2.StrictUndefined)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question with its picture (a data URL), the answer given and the truth."""
+
+    question: str
+    answer: str
+    truth: str
+    right: bool
+    kind: str | None
+    picture: str | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    title: str
+    svg: str
+
+
+def make_sample(item: Item, answer: str, score: float) -> Sample:
+    picture = _data_url(item.image) if item.image is not None else None
+    return Sample(item.question, answer, " / ".join(dict.fromkeys(item.references)), score > 0, item.kind, picture)
+
+
+def write_evaluation_page(evaluation: "Evaluation", settings: Mapping[str, Any], path: Path) -> None:
+    """report.html of an evaluation folder: scores, settings, a grid of questions, wrong answers first."""
+    scores = evaluation.scores
+    order = sorted(evaluation.items, key=lambda item: scores.per_item[item.id])[:MOST_CARDS]
+    page = _templates.get_template("evaluation.html").render(
+        title=f"{scores.task}: {Path(str(settings['model'])).name or settings['model']}",
+        scores=scores,
+        control=evaluation.control,
+        seconds=evaluation.seconds,
+        settings=settings,
+        kinds=sorted({item.kind for item in evaluation.items if item.kind}),
+        samples=[make_sample(item, evaluation.answers[item.id], scores.per_item[item.id]) for item in order],
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def write_run_page(
+    run: Run,
+    path: Path,
+    figures: Mapping[str, Any] | None = None,
+    samples: Sequence[Sample] = (),
+    title: str = "",
+) -> None:
+    """report.html of a run: curves of every stage, and what is known beyond them."""
+    page = _templates.get_template("run.html").render(
+        title=title or f"Run {run.folder.name}",
+        figures=dict(figures or {}),
+        curves=stage_curves(run.metrics()),
+        samples=samples,
+        recipe=run.recipe_file.read_text(encoding="utf-8"),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def stage_curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """Loss and learning rates of each stage over its steps."""
+    stages: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in metrics:
+        stages.setdefault(entry["stage"], []).append(entry)
+    return [Curve(f"Stage {name}", _draw(entries)) for name, entries in stages.items()]
+
+
+def _draw(entries: Sequence[Mapping[str, Any]]) -> str:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    FigureCanvasSVG(figure)
+    losses, rates = figure.subplots(1, 2)
+    steps = [entry["step"] for entry in entries]
+    losses.plot(steps, [entry["loss"] for entry in entries], linewidth=0.8, alpha=0.4)
+    losses.plot(steps, _smooth([entry["loss"] for entry in entries]), linewidth=1.5)
+    losses.set(title="loss", xlabel="step", ylim=(0, None))
+    for part in entries[0]["lr"]:
+        rates.plot(steps, [entry["lr"][part] for entry in entries], label=part, linewidth=1)
+    rates.set(title="learning rates", xlabel="step")
+    rates.legend(frameon=False, fontsize=8)
+    out = io.StringIO()
+    figure.savefig(out, format="svg")
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    smoothed: list[float] = []
+    for value in values:
+        smoothed.append(value if not smoothed else keep * smoothed[-1] + (1 - keep) * value)
+    return smoothed
+
+
+def _data_url(path: Path) -> str:
+    image = read_image(path)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    image.save(out, format="PNG" if image.width <= 64 else "JPEG", quality=85)
+    kind = "png" if image.width <= 64 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
