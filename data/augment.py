@@ -36,8 +36,11 @@ class Augment:
 
 
 def _random_crop(image: Image.Image, smallest: float, rng: np.random.Generator) -> Image.Image:
-    """Inception-style: a share of the area, an aspect ratio between 3:4 and 4:3 of the picture's own."""
-    share, ratio = rng.uniform(smallest, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    """Inception-style: a share of the area, an aspect ratio between 3:4 and 4:3 of the picture's own, as far as a crop
+    of that share fits in."""
+    share = rng.uniform(smallest, 1.0)
+    widest = np.log(min(4 / 3, 1 / share))
+    ratio = np.exp(rng.uniform(-widest, widest))
     width = min(image.width, max(1, round(image.width * float(np.sqrt(share * ratio)))))
     height = min(image.height, max(1, round(image.height * float(np.sqrt(share / ratio)))))
     left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))

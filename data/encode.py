@@ -1,5 +1,6 @@
 """Record -> Example: ids, labels and images of one row, labels by structure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from data.records import Message, Record, text_part
-from vlm.chat import ChatEncoder
+from vlm.chat import ChatEncoder, ChatTokens
 from vlm.errors import UserError
 
 IGNORED = -100  # the label that no loss counts
@@ -40,10 +41,10 @@ def encode_record(
     if len(record.captions) > 1:
         caption = record.captions[int(rng.integers(len(record.captions)))]
         messages[-1] = {"role": "assistant", "content": [text_part(caption)]}
-    tokens = chat.encode(messages)
+    tokens = _encode(record.where, messages, chat)
     while len(tokens.input_ids) > context and _can_shorten(messages):
         messages = messages[:-2]
-        tokens = chat.encode(messages)
+        tokens = _encode(record.where, messages, chat)
     if len(tokens.input_ids) > context:
         raise UserError(
             f"{record.where}: {len(tokens.input_ids)} tokens ({tokens.num_images * chat.placeholders} of them for "
@@ -57,6 +58,13 @@ def encode_record(
     if example.supervised == 0:
         raise UserError(f"{record.where}: no token of it would be learned")
     return example
+
+
+def _encode(where: str, messages: Sequence[Message], chat: ChatEncoder) -> ChatTokens:
+    try:
+        return chat.encode(messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _can_shorten(messages: list[Message]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -83,6 +84,7 @@ class Loader(Generic[Made]):
             num_workers=self.workers,
             persistent_workers=False,
             prefetch_factor=4 if self.workers else None,
+            generator=torch.Generator(),  # else making an iterator draws from the run's own random state
         )
         return iter(loader)
 

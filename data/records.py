@@ -60,10 +60,14 @@ def find_image(where: str, image: Any, root: Path) -> Path:
     if not isinstance(image, str) or not image:
         raise UserError(f"{where}: an image is named by its path, got {image!r}")
     base = root.resolve()
-    path = (base / image).resolve()
+    try:
+        path = (base / image).resolve()
+        there = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, NUL or no Unicode in it, links in a circle
+        raise UserError(f"{where}: image {image[:80]!r} can't be the name of a file in {root}") from None
     if not path.is_relative_to(base):
         raise UserError(f"{where}: image {image!r} lies outside the image folder {root}")
-    if not path.is_file():
+    if not there:
         raise UserError(f"{where}: image {image!r} is not in {root}")
     return path
 

@@ -33,8 +33,15 @@ class Source:
         self._bytes: mmap.mmap | bytes = b""
         self._open()
 
+    def __getstate__(self) -> tuple[Path, Path]:
+        """A worker process that doesn't share this one's memory opens the file for itself."""
+        return self.path, self.images
+
+    def __setstate__(self, state: tuple[Path, Path]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
     def __len__(self) -> int:
-        return len(self._array) if self._array is not None else len(self._starts) - 1
+        return len(self._array) if self._array is not None else max(0, len(self._starts) - 1)
 
     def __getitem__(self, index: int) -> Record:
         return read_row(self.row(index), self.where(index), self.images)
@@ -84,7 +91,7 @@ class Source:
     def _read_array(self) -> list[Any]:
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path}: not valid JSON ({error})") from None
         return list(rows)
 

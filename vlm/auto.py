@@ -6,7 +6,13 @@ from vlm.configuration import VisionLanguageConfig
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
 
-AutoConfig.register(VisionLanguageConfig.model_type, VisionLanguageConfig, exist_ok=True)
-AutoModelForImageTextToText.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)
-AutoModelForCausalLM.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)
-AutoProcessor.register(VisionLanguageConfig, VisionLanguageProcessor, exist_ok=True)
+
+def register() -> None:
+    """May be called any number of times."""
+    AutoConfig.register(VisionLanguageConfig.model_type, VisionLanguageConfig, exist_ok=True)
+    AutoModelForImageTextToText.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)
+    AutoModelForCausalLM.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)
+    AutoProcessor.register(VisionLanguageConfig, VisionLanguageProcessor, exist_ok=True)
+
+
+register()

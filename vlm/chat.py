@@ -72,20 +72,25 @@ class ChatEncoder:
         rest = self._apply(marked, add_generation_prompt)
         rendered = self._apply(messages, add_generation_prompt)
         owners = [index for index, message in enumerate(messages) for _ in _texts(message)]
-        segments: list[Segment] = []
-        position = 0
-        for here, text, owner in zip(marks, texts, owners, strict=True):
+        scaffolds: list[str] = []
+        for here, owner in zip(marks, owners, strict=True):
             scaffold, found, rest = rest.partition(here)
-            position += len(scaffold)
+            if not found:
+                raise UserError(f"the chat template drops message {owner + 1} of {len(messages)}; use another template")
+            scaffolds.append(scaffold)
+        scaffolds.append(rest)
+        segments = [Segment(scaffolds[0])]
+        position = len(scaffolds[0])
+        for text, owner, scaffold in zip(texts, owners, scaffolds[1:], strict=True):
             # many templates strip what people wrote
-            said = next((form for form in (text, text.strip()) if rendered.startswith(form, position)), None)
-            if not found or said is None:
+            forms = (form for form in (text, text.strip()) if rendered.startswith(form + scaffold, position))
+            said = next(forms, None)
+            if said is None:
                 raise UserError(
-                    f"the chat template drops or rewrites message {owner + 1} of {len(messages)}; use another template"
+                    f"the chat template rewrites message {owner + 1} of {len(messages)}; use another template"
                 )
-            segments += [Segment(scaffold), Segment(said, owner)]
-            position += len(said)
-        segments.append(Segment(rest))
+            segments += [Segment(said, owner), Segment(scaffold)]
+            position += len(said) + len(scaffold)
         if "".join(segment.text for segment in segments) != rendered:
             raise UserError("the chat template's text depends on what the messages say; use another template")
         return segments
@@ -106,7 +111,7 @@ class ChatEncoder:
                     supervised.append(answering)
                 answering = False
                 continue
-            encoding = self._plain.encode("".join(segment.text for segment in piece), add_special_tokens=False)
+            encoding = self._encode("".join(segment.text for segment in piece))
             ends: list[tuple[int, bool]] = []
             length = 0
             for segment in piece:
@@ -121,8 +126,14 @@ class ChatEncoder:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; control tokens in it are text."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encode(text).ids
         return ids
+
+    def _encode(self, text: str) -> Any:
+        try:
+            return self._plain.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise UserError("a text holds half of a surrogate pair, which is no character") from None
 
     def _pieces(self, segments: Sequence[Segment]) -> list[tuple[list[Segment], int | None]]:
         """Control tokens of the template, and between them runs of ordinary text that must be tokenised as one."""

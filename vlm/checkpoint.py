@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import logging
 
+from vlm.auto import register
 from vlm.errors import UserError
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
@@ -36,9 +38,11 @@ def load(
             raise UserError(f"{folder}: an adapter that doesn't name its base model")
         return load(base, device, dtype, adapter=folder)
     check_source(source, model_type="vlm")
+    register()
     try:
-        model = VisionLanguageModel.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
-        processor = VisionLanguageProcessor.from_pretrained(source)
+        with _quietly(folder.is_dir()):
+            model = VisionLanguageModel.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
+            processor = VisionLanguageProcessor.from_pretrained(source)
     except SafetensorError as error:
         raise UserError(f"{source}: the weights are cut off or broken ({error})") from None
     except (OSError, KeyError, RuntimeError) as error:
@@ -112,6 +116,19 @@ def written_aside(folder: Path) -> Iterator[Path]:
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _quietly(local: bool) -> Iterator[None]:
+    """No bar for reading a local file; a download keeps its own."""
+    shown = logging.is_progress_bar_enabled()
+    if local and shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if local and shown:
+            logging.enable_progress_bar()
 
 
 def link_folder(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from vlm import __version__
 from vlm.errors import UserError
@@ -58,7 +59,7 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
         epilog='vlm COMMAND --help explains a command. Tab completion: eval "$(register-python-argcomplete vlm)"',
     )
     parser.add_argument("--version", action="version", version=f"vlm {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
     for name, (target, summary) in COMMANDS.items():
         sub = commands.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,6 +69,22 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
             getattr(import_module(module), function)(sub)
             sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Options may stand before, between and after positional arguments; argparse alone gives up on `MODEL -n 1 PROMPT`."""
+
+    _between = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        has_commands = any(action.nargs == argparse.PARSER for action in self._get_positional_actions())
+        if self._between or has_commands:
+            return super().parse_known_args(args, namespace)
+        self._between = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._between = False
 
 
 def _complete() -> None:

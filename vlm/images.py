@@ -44,6 +44,8 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
                 raise UserError(f"{name}: {width} x {height} pixels are over the limit of {max_pixels:,}")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise UserError(f"{name}: more pixels than the limit of {max_pixels:,}") from None
     except UnidentifiedImageError:
         raise UserError(f"{name}: not an image of a known format ({', '.join(FORMATS)})") from None
     except UserError:
@@ -54,7 +56,7 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of Pillow as RGB: 16-bit and float greys are scaled to 8 bits, transparency is laid over white."""
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)

@@ -197,7 +197,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         for name in ("media_index", "document_start"):
             if inputs.get(name) is not None:
                 inputs[name] = inputs[name][:, -length:]
-        if not kwargs.get("is_first_iteration", False):
+        # without a cache every step is a prompt of its own, and needs its images again
+        if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
             inputs["pixel_values"] = None
             if self.config.fusion == "early":
                 inputs["visual"] = None

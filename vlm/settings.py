@@ -22,7 +22,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
@@ -41,7 +41,10 @@ def apply_overrides(settings: dict[str, Any], overrides: list[str]) -> dict[str,
         *parents, last = path.split(".")
         for depth, key in enumerate(parents):
             node = _child(node, key, ".".join(parents[:depth]), override, create=True)
-        value = yaml.load(text, Loader=_Loader) if text else None
+        try:
+            value = yaml.load(text, Loader=_Loader) if text else None
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(f"override {override!r}: {getattr(error, 'problem', None) or error}") from None
         if isinstance(node, list):
             node[_index(node, last, override)] = value
         elif isinstance(node, dict):
@@ -54,14 +57,14 @@ def apply_overrides(settings: dict[str, Any], overrides: list[str]) -> dict[str,
 def parse(kind: type[T], settings: Any, source: str) -> T:
     """`settings` as an instance of the dataclass `kind`; UserError naming the path of the first thing that is wrong."""
     try:
-        return TypeAdapter(kind).validate_python(settings)
+        return TypeAdapter(kind).validate_python(settings, extra="forbid")
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(_explain(kind, detail) for detail in error.errors()[:5])) from None
 
 
 def dump(settings: Any) -> str:
     """A dataclass as YAML that `parse` reads back to an equal one."""
-    return yaml.safe_dump(plain(asdict(settings)), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(plain(asdict(settings)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def find_config(name: str) -> Path:
@@ -80,11 +83,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-3` as text, since it lacks a dot; everybody means a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around a text that `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
+        list("-+0123456789."),
+    )
 
 
 def _child(node: Any, key: str, where: str, override: str, create: bool) -> Any:

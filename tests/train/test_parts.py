@@ -1,0 +1,90 @@
+"""What learns is what the recipe names: no more, no less."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.train.recipes import chat_recipe, write_recipe
+from train.adapters import add_lora, target_modules
+from train.loop import run_training
+from train.parts import assert_only_these_learn, make_optimizer, manifest, split_into_parts
+from train.recipe import Lora, Stage, load_recipe
+from vlm.checkpoint import load
+from vlm.errors import UserError
+
+
+def chat_stage(rates: dict[str, float], lora: Lora | None = None) -> Stage:
+    return Stage("chat", "chat", ({"path": "x"},), 1, rates, lora=lora)  # type: ignore[arg-type]
+
+
+def test_every_parameter_is_in_one_part_and_only_named_parts_learn(tiny_models: Any) -> None:
+    model, _ = load(tiny_models("deep", "perceiver"))
+    stage = chat_stage({"connector": 1e-3, "cross_attention": 1e-4, "gates": 1e-2})
+    parts = split_into_parts(model, stage)
+    assert sum(part.size for part in parts) == sum(p.numel() for p in model.parameters())
+    optimizer = make_optimizer(parts, stage)
+    assert_only_these_learn(model, parts, optimizer)
+    rates = {name: rate for name, _, rate in manifest(parts)}
+    assert rates == {
+        "vision_tower": 0,
+        "language_model": 0,
+        "connector": 1e-3,
+        "cross_attention": 1e-4,
+        "gates": 1e-2,
+    }
+    assert {group["part"] for group in optimizer.param_groups} == {"connector", "cross_attention", "gates"}
+    next(model.vision_tower.parameters()).requires_grad_(True)
+    with pytest.raises(AssertionError, match="disagree about what learns"):
+        assert_only_these_learn(model, parts, optimizer)
+
+
+def test_a_rate_for_a_part_that_the_model_lacks_is_refused(tiny_models: Any) -> None:
+    model, _ = load(tiny_models("early", "mlp"))
+    with pytest.raises(ValueError, match="gives a learning rate to gates"):
+        split_into_parts(model, chat_stage({"gates": 1e-3}))
+
+
+@pytest.mark.parametrize("fusion", ["early", "deep"])
+def test_lora_reaches_exactly_the_named_layers_of_the_language_model(tiny_models: Any, fusion: str) -> None:
+    model, _ = load(tiny_models(fusion, "mlp"))
+    names = dict(model.named_modules())
+    expected = [
+        f"language_model.model.layers.{layer}.{block}"
+        for layer in range(3)
+        for block in (
+            *(f"self_attn.{name}_proj" for name in "qkvo"),
+            *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+        )
+    ]
+    assert sorted(target_modules(model, ())) == sorted(expected)
+    assert sorted(target_modules(model, ("q_proj",))) == [name for name in sorted(expected) if "q_proj" in name]
+    with pytest.raises(UserError, match="has no qkv"):
+        target_modules(model, ("qkv",))
+    add_lora(model, Lora(rank=2, targets=("q_proj", "v_proj")))
+    touched = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    assert touched == {name for name in expected if name.endswith(("q_proj", "v_proj"))}
+    assert all(isinstance(names[name], nn.Linear) for name in expected)
+
+
+@pytest.mark.parametrize("fusion", ["early", "deep"])
+def test_what_is_frozen_does_not_change_by_a_bit(scenes: Path, tmp_path: Path, fusion: str) -> None:
+    rates = {"connector": 1e-2, "lora": 1e-2}
+    learning = ["multi_modal_projector.", "language_model.model.layers."]
+    if fusion == "deep":  # while the gates are shut, nothing reaches the connector
+        rates |= {"cross_attention": 1e-2, "gates": 1e-2}
+        learning.append("cross_attention.")
+    settings = chat_recipe(scenes, fusion, "perceiver", learning_rates=rates, lora={"rank": 2}, steps=3)
+    settings["stages"].insert(0, {**settings["stages"][0], "name": "first", "steps": 1, "lora": None})
+    settings["stages"][0] |= {"learning_rates": {"connector": 1e-3}}
+    run = run_training(load_recipe(write_recipe(tmp_path / "r.yaml", settings)), tmp_path / "run")
+    before, _ = load(run.stage("first"))
+    after, _ = load(run.model)
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert all(name.startswith(tuple(learning)) for name in changed)
+    assert any("q_proj" in name for name in changed)
+    assert any(name.startswith("multi_modal_projector.") for name in changed)
+    assert not any("norm" in name for name in changed if name.startswith("language_model."))

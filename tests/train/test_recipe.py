@@ -1,0 +1,131 @@
+"""Recipes and run folders: what is wrong is named, and nothing is half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.train.recipes import chat_recipe, write_recipe
+from train.recipe import Recipe, load_recipe
+from train.runs import Run
+from vlm.cli import main
+from vlm.errors import UserError
+from vlm.settings import dump, parse
+
+
+def test_a_typo_is_answered_with_its_path_and_the_nearest_name(scenes: Path, tmp_path: Path) -> None:
+    settings = chat_recipe(scenes)
+    settings["stages"][0]["batchsize"] = 4
+    with pytest.raises(UserError, match=r"stages\.0\.batchsize: unknown setting; did you mean 'batch_size'"):
+        load_recipe(write_recipe(tmp_path / "r.yaml", settings))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.chat.learning_rates.conector=1e-3", "did you mean 'connector'"),
+        ("stages.chat.steps=0", "steps must be at least 1"),
+        ("stages.chat.steps=many", "stages.0.steps"),
+        ("stages.tune.steps=3", "no entry 'tune'"),
+        ("stages.chat.learning_rates.lora=1e-3", "lora settings and a learning rate for lora go together"),
+        ("stages.chat.micro_batch_size=3", "doesn't divide"),
+        ("model.vision.pretrained=stage:clip", "no stage 'clip'"),
+        ("model.connector.depth=0", "at least 1"),
+        ("data_root=nowhere", "is no folder"),
+        ("model.vision", "write it as"),
+    ],
+)
+def test_what_can_not_work_is_refused_with_its_place(scenes: Path, tmp_path: Path, override: str, message: str) -> None:
+    settings = chat_recipe(scenes)
+    del settings["model"]["vision"]["config"]
+    settings["model"]["vision"]["pretrained"] = "somewhere"
+    with pytest.raises(UserError, match=message):
+        load_recipe(write_recipe(tmp_path / "r.yaml", settings), [override])
+
+
+def test_a_stored_recipe_reads_back_equal(scenes: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", chat_recipe(scenes)), ["stages.chat.clip=0.5"])
+    assert recipe.stages[0].clip == 0.5
+    assert parse(Recipe, yaml.safe_load(dump(recipe)), "dump") == recipe
+
+
+def test_a_folder_is_claimed_by_one_recipe(scenes: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", chat_recipe(scenes)))
+    other = load_recipe(tmp_path / "r.yaml", ["seed=1"])
+    Run(tmp_path / "run").claim(recipe, resume=False)
+    with pytest.raises(UserError, match="--resume"):
+        Run(tmp_path / "run").claim(recipe, resume=False)
+    with pytest.raises(UserError, match="they differ in seed"):
+        Run(tmp_path / "run").claim(other, resume=True)
+    Run(tmp_path / "run").claim(recipe, resume=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty"):
+        Run(tmp_path / "full").claim(recipe, resume=False)
+
+
+def test_lines_after_the_restored_step_and_half_written_ones_go(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.metrics_file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    run.forget_after(2)
+    assert run.metrics_file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"image": "gone.png", "question": "q", "answer": "a"}\n', "rows.jsonl:1: image 'gone.png'"),
+        ('\n{"messages": [{"role": "assistant", "content": "hi"}]}\n', "rows.jsonl:2: message 1 is from 'assistant'"),
+        ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}\n', "empty answer"),
+        ("", "no rows"),
+    ],
+)
+def test_a_broken_row_stops_the_command_before_anything_is_written(
+    scenes: Path, tmp_path: Path, rows: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(rows)
+    recipe = write_recipe(tmp_path / "r.yaml", chat_recipe(tmp_path, data=[{"path": "rows.jsonl"}]))
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_context_too_short_for_the_image_is_an_error_with_the_row(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", chat_recipe(scenes))
+    assert main(["train", str(recipe), "context=12", "--out", str(tmp_path / "run")]) == 1
+    assert "16 of them for 1 images) don't fit the context of 12" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_a_model_is_an_error(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", str(scenes), "--task", "exact", "--data", str(scenes / "heldout.jsonl")]
+    assert main([*arguments, "--out", str(tmp_path / "eval")]) == 1
+    assert "not a model folder (no config.json in it)" in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(scenes: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", chat_recipe(scenes, steps=400))
+    command = [sys.executable, "-P", "-m", "vlm.cli", "train", str(recipe), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") >= 5):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "--resume goes on from there" in error
+    assert "Traceback" not in error
+    done = metrics.read_text().count("\n")
+    assert (tmp_path / "run" / "checkpoints" / f"step-{done}").is_dir()
