@@ -82,7 +82,7 @@ class Source:
             head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
             if head[:1] == b"[":
                 self._array = self._read_array()
-            elif head:
+            elif self.path.stat().st_size:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self._index_lines()
         if not len(self):

@@ -39,8 +39,8 @@ def open_sources(recipe: Recipe, stage: Stage) -> list[Source]:
 def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
     """The LM's tokenizer, or one made from the recipe's texts; kept in the run, so a resumed run has the same."""
     if not (run.tokenizer / "tokenizer.json").is_file():
-        pretrained = _resolve(recipe.model.language.pretrained, run)
-        if pretrained is not None and not str(pretrained).startswith(str(run.folder)):
+        pretrained = recipe.model.language.pretrained
+        if pretrained is not None and not pretrained.startswith("stage:"):
             check_source(pretrained)
             tokenizer = AutoTokenizer.from_pretrained(pretrained)
             if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):

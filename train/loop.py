@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
 from data.loader import ImageCache, Loader, Order, Rows
-from train.build import find_tokenizer, open_sources
+from train.build import open_sources
 from train.monitor import Monitor
 from train.objectives import Objective, Pair, build_objective
 from train.parts import assert_only_these_learn, make_optimizer, manifest, split_into_parts
@@ -45,7 +45,6 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
         return run
     precision = "bf16" if pick_dtype(recipe.precision, device) is torch.bfloat16 else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
-    tokenizer = find_tokenizer(recipe, run)
     read = ImageCache(recipe.image_cache_mb << 20)
     checkpoint = latest(run.checkpoints)
     at = read_position(checkpoint) if checkpoint else None
@@ -56,7 +55,8 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
                 step += stage.steps
                 continue
             set_seed(recipe.seed * 1000 + index)
-            objective = build_objective(recipe, stage, tokenizer, run, read)
+            with accelerator.main_process_first():  # it writes the tokenizer that the others read
+                objective = build_objective(recipe, stage, run, read)
             here = checkpoint if at is not None and at.stage == index else None
             run_stage(recipe, stage, index, step, objective, run, accelerator, monitor, stop, here)
             step += stage.steps

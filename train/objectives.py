@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding
 
 from data.collate import Batch, collate_chat, collate_text
 from data.encode import IGNORED, Example, encode_record
 from data.loader import ImageCache
 from data.records import Record
-from train.adapters import add_lora, merged
-from train.build import build_clip, build_language_model, build_model, processor_of
+from train.adapters import add_lora, merged, save_adapter
+from train.build import build_clip, build_language_model, build_model, find_tokenizer, processor_of
 from train.recipe import Recipe, Stage
 from train.runs import Run
 from vlm.chat import ChatEncoder
@@ -48,7 +48,8 @@ class Objective(ABC):
 class Contrastive(Objective):
     """CLIP's objective over images and one of their captions each."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, read: ImageCache) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, run: Run, read: ImageCache) -> None:
+        tokenizer = find_tokenizer(recipe, run)
         self.model = build_clip(recipe, tokenizer)
         self.tokenizer, self.stage, self.read = tokenizer, stage, read
         self.processor = processor_of(recipe.model, self.model.config.vision_config, tokenizer, 1)
@@ -109,7 +110,8 @@ class CaptionBatch:
 class Language(Objective):
     """Next-token prediction by the LM alone, on chats without images."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, run: Run) -> None:
+        tokenizer = find_tokenizer(recipe, run)
         self.model = build_language_model(recipe.model.language, tokenizer, run)
         self.tokenizer, self.stage = tokenizer, stage
         self.chat = ChatEncoder(tokenizer, None, "<image>", 1)
@@ -132,17 +134,18 @@ class Chat(Objective):
         self,
         recipe: Recipe,
         stage: Stage,
-        tokenizer: PreTrainedTokenizerBase,
         run: Run,
         before: Path | None,
         read: ImageCache,
     ) -> None:
         self.vlm: Any
         self.processor: VisionLanguageProcessor
-        if before is not None:
-            self.vlm, self.processor = load(before, dtype=torch.float32)
+        self.base = before or recipe.model.pretrained
+        if self.base is not None:
+            self.vlm, self.processor = load(self.base, dtype=torch.float32)
         else:
-            self.vlm, self.processor = build_model(recipe, tokenizer, run)
+            self.vlm, self.processor = build_model(recipe, find_tokenizer(recipe, run), run)
+        self.adapter_folder = run.adapter
         self.stage, self.read = stage, read
         self.context = recipe.context or self.vlm.config.text_config.max_position_embeddings
         self.adapter: PeftModel | None = add_lora(self.vlm, stage.lora) if stage.lora else None
@@ -168,23 +171,25 @@ class Chat(Objective):
         return summed_cross_entropy(out.logits, batch.labels), {}
 
     def save(self, folder: Path) -> None:
-        """The adapters are merged: the folder holds a whole model."""
+        """The adapters are merged: the folder holds a whole model. Where nothing else was learned and the base is a
+        saved model, the adapters are kept beside it as a peft folder, too."""
         if self.adapter is not None:
+            alone = [part for part, rate in self.stage.learning_rates.items() if rate] == ["lora"]
+            if alone and self.base is not None:
+                save_adapter(self.adapter, self.adapter_folder, str(self.base))
             self.vlm, self.adapter = merged(self.adapter), None
         save(self.vlm, self.processor, folder)
 
 
-def build_objective(
-    recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase, run: Run, read: ImageCache
-) -> Objective:
+def build_objective(recipe: Recipe, stage: Stage, run: Run, read: ImageCache) -> Objective:
     """The stage's objective, its network as the stages before have left it."""
     if stage.objective == "contrastive":
-        return Contrastive(recipe, stage, tokenizer, read)
+        return Contrastive(recipe, stage, run, read)
     if stage.objective == "language":
-        return Language(recipe, stage, tokenizer, run)
+        return Language(recipe, stage, run)
     earlier = recipe.stages[: [other.name for other in recipe.stages].index(stage.name)]
     before = next((run.stage(other.name) for other in reversed(earlier) if other.objective == "chat"), None)
-    return Chat(recipe, stage, tokenizer, run, before, read)
+    return Chat(recipe, stage, run, before, read)
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,9 @@ def load(
     """
     folder = Path(source)
     if (folder / ADAPTER_CONFIG).is_file():
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if adapter is not None:
+            raise UserError(f"{adapter}: its base {folder} is an adapter, too; merge that one first")
+        base = _read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if not base:
             raise UserError(f"{folder}: an adapter that doesn't name its base model")
         return load(base, device, dtype, adapter=folder)
@@ -41,12 +43,17 @@ def load(
     register()
     try:
         with _quietly(folder.is_dir()):
-            model = VisionLanguageModel.from_pretrained(source, dtype=dtype or "auto", use_safetensors=True)
-            processor = VisionLanguageProcessor.from_pretrained(source)
+            model, report = VisionLanguageModel.from_pretrained(
+                source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
+            processor = VisionLanguageProcessor.from_pretrained(source, trust_remote_code=False)
     except SafetensorError as error:
         raise UserError(f"{source}: the weights are cut off or broken ({error})") from None
-    except (OSError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers fails in many ways on broken folders
         raise UserError(f"{source}: cannot be loaded ({_first_line(error)})") from error
+    if report["missing_keys"]:
+        lacking = sorted(report["missing_keys"])
+        raise UserError(f"{source}: its weights lack {len(lacking)} tensors, the first is {lacking[0]}")
     if adapter is not None:
         model = merge_adapter(model, adapter)
     return model.to(device).eval(), processor
@@ -58,7 +65,10 @@ def merge_adapter(model: VisionLanguageModel, adapter: Path) -> VisionLanguageMo
 
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter}: no adapter_model.safetensors there")
-    merged: VisionLanguageModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    try:
+        merged: VisionLanguageModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except Exception as error:  # peft fails in many ways on broken folders
+        raise UserError(f"{adapter}: doesn't fit its base model, or is broken ({_first_line(error)})") from error
     return merged
 
 
@@ -71,10 +81,7 @@ def check_source(source: str | Path, model_type: str | None = None) -> dict[str,
         raise UserError(f"{source}: no such model folder")
     if not (folder / "config.json").is_file():
         raise UserError(f"{source}: not a model folder (no config.json in it)")
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: not valid JSON ({error})") from None
+    config = _read_object(folder / "config.json")
     if "auto_map" in config:
         raise UserError(f"{source}: its config asks to run code from the folder (auto_map); that is never done")
     if not list(folder.glob("*.safetensors")):
@@ -144,5 +151,16 @@ def link_folder(source: Path, target: Path) -> None:
         shutil.copytree(source, partial, dirs_exist_ok=True, copy_function=link)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].rstrip().endswith(":")])

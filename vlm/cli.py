@@ -72,7 +72,7 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Options may stand before, between and after positional arguments; argparse alone gives up on `MODEL -n 1 PROMPT`."""
+    """Options may stand between positional arguments, too; argparse alone gives up on `MODEL -n 1 PROMPT`."""
 
     _between = False
 

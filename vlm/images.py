@@ -45,7 +45,7 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise UserError(f"{name}: more pixels than the limit of {max_pixels:,}") from None
+        raise UserError(f"{name}: too many pixels to be decoded") from None
     except UnidentifiedImageError:
         raise UserError(f"{name}: not an image of a known format ({', '.join(FORMATS)})") from None
     except UserError:

@@ -12,6 +12,8 @@ from transformers import BatchFeature, CLIPImageProcessorPil, PreTrainedTokenize
 from vlm.chat import ChatEncoder
 from vlm.tokenization import IMAGE_TOKEN
 
+MAX_ASPECT = 50
+
 
 class VisionLanguageProcessor(ProcessorMixin):
     """An image processor and a tokenizer, and how many image tokens stand for one image."""
@@ -37,6 +39,9 @@ class VisionLanguageProcessor(ProcessorMixin):
 
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """RGB images -> pixel_values [I, 3, H, W]."""
+        size, crops = self.image_processor.size, getattr(self.image_processor, "do_center_crop", False)
+        if crops and "shortest_edge" in size:
+            images = [_middle(image) for image in images]
         pixel_values = self.image_processor(list(images), return_tensors="np")["pixel_values"]
         return torch.from_numpy(np.asarray(pixel_values, dtype=np.float32))
 
@@ -71,6 +76,16 @@ def make_processor(
         tokenizer=tokenizer,
         placeholders_per_image=placeholders,
     )
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a very long image. The centre crop keeps no more of it, and scaling all of it takes gigabytes."""
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def _flatten(images: Any) -> list[Image.Image]:

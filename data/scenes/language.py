@@ -5,36 +5,32 @@ from typing import Final
 
 import numpy as np
 
-from data.scenes.world import Scene, Thing, shuffled
+from data.scenes.world import PLACES, Scene, Thing, shuffled
 
 DESCRIBE: Final = "describe the picture."
 
 
-def _join(parts: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-
-
 def _noun(thing: Thing) -> str:
-    return f"a {thing.size} {thing.colour} {thing.shape}"
+    return f"{thing.size} {thing.colour} {thing.shape}"
 
 
-def _plain(things: list[Thing]) -> str:
-    return _join([f"{_noun(thing)} at the {thing.place}" for thing in things])
-
-
-def _there_is(things: list[Thing]) -> str:
-    return f"there is {_plain(things)}"
+def _noun_first(things: list[Thing]) -> str:
+    return ", ".join(f"{_noun(thing)} {thing.place}" for thing in things)
 
 
 def _place_first(things: list[Thing]) -> str:
-    return _join([f"at the {thing.place} {_noun(thing)}" for thing in things])
+    return ", ".join(f"{thing.place} {_noun(thing)}" for thing in things)
 
 
-PHRASINGS: Final[tuple[Callable[[list[Thing]], str], ...]] = (_plain, _there_is, _place_first)
+PHRASINGS: Final[tuple[Callable[[list[Thing]], str], ...]] = (_noun_first, _place_first)
 
 
 def captions(rng: np.random.Generator, scene: Scene, count: int) -> list[str]:
-    """`count` captions (at most 3), each of another phrasing and with the objects in its own order."""
-    if count > len(PHRASINGS):
-        raise ValueError(f"there are {len(PHRASINGS)} ways to put a caption, {count} were asked for")
-    return [phrase(shuffled(rng, scene)) for phrase in shuffled(rng, PHRASINGS)[:count]]
+    """`count` captions, each of another phrasing where there are enough, with the objects in its own order."""
+    phrasings = shuffled(rng, PHRASINGS)
+    return [phrasings[number % len(phrasings)](shuffled(rng, scene)) for number in range(count)]
+
+
+def description(scene: Scene) -> str:
+    """The one answer to DESCRIBE: objects in reading order, so that a model can know every word of it."""
+    return _noun_first(sorted(scene, key=lambda thing: PLACES.index(thing.place)))

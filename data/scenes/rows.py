@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image
 
 from data.scenes.draw import Look, draw_look, render
-from data.scenes.language import DESCRIBE, captions
+from data.scenes.language import DESCRIBE, captions, description
 from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_many
 from data.scenes.world import HELD_OUT, Scene, Thing, draw_scene, draw_twin
 
 Row = dict[str, Any]
 
-TEXT_QUESTIONS: Final = 4
+TEXT_QUESTIONS: Final = 6
 _RESTATED: Final = 0.5
 
 
@@ -51,31 +51,31 @@ def train_pair(seed: int, pair: int) -> tuple[Drawn, Drawn]:
 def train_rows(seed: int, index: int, scene: Scene, image: str, questions: int) -> tuple[Row, Row, Row]:
     """The rows of one training picture in captions.jsonl, captions_chat.jsonl and chat.jsonl."""
     rng = _rng(seed, Stream.TRAIN_WORDS, index)
-    first, second, described = captions(rng, scene, 3)
+    first, second = captions(rng, scene, 2)
     picture = {"type": "image", "image": image}
     turns: list[Row] = []
     for question in ask_many(rng, scene, questions):
         turns.append({"role": "user", "content": question.text})
         turns.append({"role": "assistant", "content": question.answer})
     turns[0]["content"] = [picture, {"type": "text", "text": turns[0]["content"]}]
-    description = [
+    described = [
         {"role": "user", "content": [picture, {"type": "text", "text": DESCRIBE}]},
-        {"role": "assistant", "content": described},
+        {"role": "assistant", "content": description(scene)},
     ]
-    return {"image": image, "captions": [first, second]}, {"messages": description}, {"messages": turns}
+    return {"image": image, "captions": [first, second]}, {"messages": described}, {"messages": turns}
 
 
 def text_row(seed: int, index: int, total: int) -> Row:
-    """A row of text.jsonl: a caption, perhaps put in other words, and questions about it.
+    """A row of text.jsonl: a caption, perhaps put in order, and questions about it.
 
     The first quarter of the `total` rows has scenes of one or two objects, the rest of up to four.
     """
     rng = _rng(seed, Stream.TEXT, index)
     scene = draw_scene(rng, most=2 if 4 * index < total else 4)
-    caption, restated = captions(rng, scene, 2)
+    (caption,) = captions(rng, scene, 1)
     exchanges = [(question.text, question.answer) for question in ask_many(rng, scene, TEXT_QUESTIONS)]
     if rng.random() < _RESTATED:
-        exchanges.insert(0, (DESCRIBE, restated))
+        exchanges.insert(0, (DESCRIBE, description(scene)))
     turns: list[Row] = []
     for asked, answer in exchanges:
         turns.append({"role": "user", "content": asked if turns else f"{caption}. {asked}"})

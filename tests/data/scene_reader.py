@@ -53,11 +53,9 @@ def answer_of(scene: Scene, question: str) -> str:
 
 def parse(caption: str) -> Counter[Thing]:
     """The objects a caption names."""
-    words = r"a (?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+)"
-    place = r"at the (?P<place>\w+ \w+)"
-    text = caption.removeprefix("there is ")
-    pattern = f"{place} {words}" if text.startswith("at") else f"{words} {place}"
-    found = list(re.finditer(pattern, text))
-    rest = re.sub(pattern, "x", text)
-    assert rest == " and ".join(filter(None, [", ".join("x" * (len(found) - 1)), "x"])), caption
+    words = r"(?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+)"
+    place = r"(?P<place>\w+ \w+)"
+    pattern = f"{place} {words}" if caption.startswith(("top", "bottom")) else f"{words} {place}"
+    found = list(re.finditer(pattern, caption))
+    assert re.sub(pattern, "x", caption) == ", ".join("x" * len(found)), caption
     return Counter(Thing(**match.groupdict()) for match in found)

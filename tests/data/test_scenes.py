@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data.scenes import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, Thing
 from data.scenes.draw import RGB, SHADE, draw_look, render
-from data.scenes.language import captions
+from data.scenes.language import captions, description
 from data.scenes.questions import ANSWERS, KINDS, ask, ask_many, candidates
 from data.scenes.rows import heldout_item, text_row, train_pair, train_rows, unseen_item
 from data.scenes.world import draw_scene, draw_twin, is_reserved, scene_key
@@ -56,8 +56,8 @@ def test_questions_of_a_scene_differ_and_their_kinds_are_even(seed: int, count: 
 @settings(max_examples=200, deadline=None)
 def test_captions_name_all_objects(seed: int) -> None:
     scene = random_scene(seed)
-    texts = captions(np.random.default_rng(seed), scene, 3)
-    assert len(set(texts)) == 3
+    texts = captions(np.random.default_rng(seed), scene, 2)
+    assert len(set(texts)) == 2
     assert all(parse(text) == Counter(scene) for text in texts)
 
 
@@ -227,7 +227,7 @@ def test_text_rows_answer_from_their_caption_and_grow_harder() -> None:
         if first == "describe the picture.":
             _, told = pairs.pop(0)
             restated += 1
-            assert told["content"] != caption
+            assert told["content"] == description(scene)
             assert parse(told["content"]) == Counter(scene)
         assert len(pairs) == 4
         for asked, told in pairs:

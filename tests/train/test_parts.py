@@ -88,3 +88,19 @@ def test_what_is_frozen_does_not_change_by_a_bit(scenes: Path, tmp_path: Path, f
     assert any("q_proj" in name for name in changed)
     assert any(name.startswith("multi_modal_projector.") for name in changed)
     assert not any("norm" in name for name in changed if name.startswith("language_model."))
+
+
+@pytest.mark.parametrize("fusion", ["early", "deep"])
+def test_adapters_alone_are_kept_as_a_peft_folder_that_loads(scenes: Path, tmp_path: Path, fusion: str) -> None:
+    base = run_training(
+        load_recipe(write_recipe(tmp_path / "b.yaml", chat_recipe(scenes, fusion, steps=1))), tmp_path / "b"
+    )
+    settings = chat_recipe(scenes, fusion, learning_rates={"lora": 1e-2}, lora={"rank": 2}, steps=2)
+    settings["model"] = {"pretrained": str(base.model)}
+    run = run_training(load_recipe(write_recipe(tmp_path / "r.yaml", settings)), tmp_path / "run")
+    whole, _ = load(run.model)
+    put_together, _ = load(run.adapter)
+    started, _ = load(base.model)
+    one, other, start = whole.state_dict(), put_together.state_dict(), started.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not all(torch.equal(one[name], start[name]) for name in one)
