@@ -40,7 +40,7 @@ def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
     """The LM's tokenizer, or one made from the recipe's texts; kept in the run, so a resumed run has the same."""
     if not (run.tokenizer / "tokenizer.json").is_file():
         pretrained = recipe.model.language.pretrained
-        if pretrained is not None and not pretrained.startswith("stage:"):
+        if pretrained is not None:
             check_source(pretrained)
             tokenizer = AutoTokenizer.from_pretrained(pretrained)
             if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
@@ -71,7 +71,7 @@ def build_clip(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
 
 def build_language_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTrainedModel:
     """A causal LM with at least as many embeddings as the tokenizer has tokens."""
-    pretrained = _resolve(backbone.pretrained, run)
+    pretrained = _trained(backbone, run)
     if pretrained is not None:
         check_source(pretrained)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
@@ -97,7 +97,7 @@ def build_language_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase,
 
 def build_encoder(backbone: Backbone, run: Run) -> PreTrainedModel:
     """A vision encoder; of a saved CLIP the vision half."""
-    pretrained = _resolve(backbone.pretrained, run)
+    pretrained = _trained(backbone, run)
     if pretrained is not None:
         check_source(pretrained)
         model = AutoModel.from_pretrained(pretrained, dtype=torch.float32)
@@ -142,10 +142,11 @@ def processor_of(
     return make_processor(tokenizer, vision.image_size, placeholders, **spec.image)
 
 
-def _resolve(pretrained: str | None, run: Run) -> str | Path | None:
-    if pretrained is None or not pretrained.startswith("stage:"):
-        return pretrained
-    return run.stage(pretrained.removeprefix("stage:"))
+def _trained(backbone: Backbone, run: Run) -> str | Path | None:
+    """Where its weights are; a stage's folder once that stage is done."""
+    if backbone.stage is not None and (run.stage(backbone.stage) / "config.json").is_file():
+        return run.stage(backbone.stage)
+    return backbone.pretrained
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:

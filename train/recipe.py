@@ -19,11 +19,12 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Backbone:
-    """An encoder or an LM: `pretrained` (a folder, a hub id, or stage:NAME of this recipe), or `config` with the fields
-    of its transformers configuration for random weights."""
+    """An encoder or an LM: `pretrained` (a folder or a hub id), or `config` with the fields of its transformers
+    configuration for random weights; with `stage`, the stage of this recipe that trains it before it is fused."""
 
     pretrained: str | None = None
     config: dict[str, Any] | None = None
+    stage: str | None = None
 
     def __post_init__(self) -> None:
         if self.pretrained is not None and self.config is not None:
@@ -147,9 +148,8 @@ class Recipe:
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ, got {', '.join(names)}")
         for backbone in (self.model.vision, self.model.language):
-            wanted = (backbone.pretrained or "").removeprefix("stage:")
-            if (backbone.pretrained or "").startswith("stage:") and wanted not in names:
-                raise ValueError(f"no stage {wanted!r} in this recipe; there are {', '.join(names)}")
+            if backbone.stage is not None and backbone.stage not in names:
+                raise ValueError(f"no stage {backbone.stage!r} in this recipe; there are {', '.join(names)}")
 
     @property
     def total_steps(self) -> int:

@@ -140,8 +140,7 @@ def test_eight_examples_are_learned_by_heart(scenes: Path, tmp_path: Path, fusio
 def test_a_recipe_goes_from_nothing_to_a_servable_model(scenes: Path, tmp_path: Path) -> None:
     chat = chat_recipe(scenes, "deep", "perceiver", steps=2)
     model = chat["model"] | {"text_tower": {k: VISION[k] for k in list(VISION)[:4]}, "projection_dim": 32}
-    model["language"] = {"pretrained": "stage:words"}
-    backbone = {"vision": {"config": VISION}, "language": {"config": LANGUAGE}}
+    backbone = {"vision": {"config": VISION, "stage": "clip"}, "language": {"config": LANGUAGE, "stage": "words"}}
     with_stage = {**chat, "model": {**model, **backbone}}
     with_stage["stages"] = [
         {
@@ -166,6 +165,9 @@ def test_a_recipe_goes_from_nothing_to_a_servable_model(scenes: Path, tmp_path: 
     ]
     recipe = write_recipe(tmp_path / "r.yaml", with_stage)
     assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    fused, clip = weights(tmp_path / "run" / "model"), weights(tmp_path / "run" / "stages" / "clip")
+    for name in (name for name in clip if name.startswith("vision_model.")):
+        assert torch.equal(fused[name.replace("vision_model.", "vision_tower.encoder.", 1)], clip[name])
     evaluated = ["eval", str(tmp_path / "run" / "model"), "--task", "exact"]
     data = ["--data", str(scenes / "heldout.jsonl"), "--out", str(tmp_path / "eval")]
     assert main([*evaluated, *data]) == 0

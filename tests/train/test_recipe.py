@@ -34,7 +34,7 @@ def test_a_typo_is_answered_with_its_path_and_the_nearest_name(scenes: Path, tmp
         ("stages.tune.steps=3", "no entry 'tune'"),
         ("stages.chat.learning_rates.lora=1e-3", "lora settings and a learning rate for lora go together"),
         ("stages.chat.micro_batch_size=3", "doesn't divide"),
-        ("model.vision.pretrained=stage:clip", "no stage 'clip'"),
+        ("model.vision.stage=clip", "no stage 'clip'"),
         ("model.connector.depth=0", "at least 1"),
         ("data_root=nowhere", "is no folder"),
         ("model.vision", "write it as"),
