@@ -4,7 +4,8 @@ import difflib
 import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -139,7 +140,8 @@ def _keys_at(kind: Any, path: list[Any]) -> list[str]:
             kind = get_type_hints(kind).get(str(part), object)
         elif isinstance(part, int):
             kind = get_args(kind)[0] if get_args(kind) else object
-        kind = next((arm for arm in (kind, *get_args(kind)) if is_dataclass(arm) or _holds_dataclass(arm)), kind)
+        if get_origin(kind) in (Union, UnionType):
+            kind = next((arm for arm in get_args(kind) if is_dataclass(arm) or _holds_dataclass(arm)), kind)
     return sorted(field.name for field in fields(kind)) if is_dataclass(kind) else []
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from data.scenes.world import PLACES, Scene, Thing, shuffled
 
 DESCRIBE: Final = "describe the picture."
+REPEAT: Final = "repeat."
 
 
 def _noun(thing: Thing) -> str:

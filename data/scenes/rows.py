@@ -8,14 +8,17 @@ import numpy as np
 from PIL import Image
 
 from data.scenes.draw import Look, draw_look, render
-from data.scenes.language import DESCRIBE, captions, description
+from data.scenes.language import DESCRIBE, REPEAT, captions, description
 from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_many
 from data.scenes.world import HELD_OUT, Scene, Thing, draw_scene, draw_twin
 
 Row = dict[str, Any]
 
-TEXT_QUESTIONS: Final = 6
-_RESTATED: Final = 0.5
+TEXT_QUESTIONS: Final = 5
+# Shares of text rows that begin by saying the caption again, and by putting it in reading order. Copying is what a small
+# model learns first, and what it then builds looking things up on: without it, answers stay guesses much longer.
+_REPEATED: Final = 0.5
+_DESCRIBED: Final = 0.25
 
 
 class Stream(IntEnum):
@@ -65,16 +68,16 @@ def train_rows(seed: int, index: int, scene: Scene, image: str, questions: int) 
     return {"image": image, "captions": [first, second]}, {"messages": described}, {"messages": turns}
 
 
-def text_row(seed: int, index: int, total: int) -> Row:
-    """A row of text.jsonl: a caption, perhaps put in order, and questions about it.
-
-    The first quarter of the `total` rows has scenes of one or two objects, the rest of up to four.
-    """
+def text_row(seed: int, index: int) -> Row:
+    """A row of text.jsonl: a caption, perhaps said again or put in order, and questions about it."""
     rng = _rng(seed, Stream.TEXT, index)
-    scene = draw_scene(rng, most=2 if 4 * index < total else 4)
+    scene = draw_scene(rng)
     (caption,) = captions(rng, scene, 1)
     exchanges = [(question.text, question.answer) for question in ask_many(rng, scene, TEXT_QUESTIONS)]
-    if rng.random() < _RESTATED:
+    kind = rng.random()
+    if kind < _REPEATED:
+        exchanges.insert(0, (REPEAT, caption))
+    elif kind < _REPEATED + _DESCRIBED:
         exchanges.insert(0, (DESCRIBE, description(scene)))
     turns: list[Row] = []
     for asked, answer in exchanges:

@@ -97,16 +97,15 @@ def draw_scene(
     rng: np.random.Generator,
     *,
     reserved: bool = False,
-    most: int = len(PLACES),
     held_out: tuple[str, str] | None = None,
 ) -> Scene:
-    """A scene of 1 to `most` objects; with `held_out`, one of them is that colour and shape.
+    """A scene of 1 to 4 objects; with `held_out`, one of them is that colour and shape.
 
     `reserved` says on which side of the split between training and held-out descriptions it must lie;
     a scene with a held-out pair lies on neither.
     """
     while True:
-        count = 1 + int(rng.random() * most)
+        count = 1 + int(rng.random() * len(PLACES))
         places = shuffled(rng, PLACES)[:count]
         things: list[Thing] = []
         if held_out is not None:

@@ -208,7 +208,7 @@ def _train(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
 
 def _text(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
     for index in range(job.start, job.stop):
-        yield (text_row(job.settings["seed"], index, job.settings["text_rows"]),)
+        yield (text_row(job.settings["seed"], index),)
 
 
 def _heldout(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:

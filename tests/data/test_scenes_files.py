@@ -39,7 +39,7 @@ def test_training_never_shows_or_names_what_is_held_out(written: Path) -> None:
         text = (written / name).read_text()
         assert text
         assert not any(words in text for words in forbidden), name
-    texts = " ".join(json.dumps(text_row(1, index, 400)) for index in range(400))
+    texts = " ".join(json.dumps(text_row(1, index)) for index in range(400))
     assert not any(words in texts for words in forbidden)
 
 
