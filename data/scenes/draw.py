@@ -20,7 +20,7 @@ SHADE: Final = 10
 BACKGROUNDS: Final = ("plain", "noise", "stripes", "checks", "gradient")
 
 _HALF: Final = SIDE // 2
-_RADIUS: Final = {"small": 5, "large": 11}
+_RADIUS: Final = {"small": 7, "large": 11}
 _JITTER: Final = 3
 _GREY: Final = (120, 205)
 _TINT: Final = 14

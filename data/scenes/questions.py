@@ -40,12 +40,12 @@ class Question(NamedTuple):
 
 
 def refer(thing: Thing, fields: Iterable[str]) -> str:
-    """The words that name an object by some of its fields, e.g. "small circle", "object at the top left"."""
+    """The words that name an object by some of its fields, e.g. "small circle", "object in the northwest"."""
     known = {field: getattr(thing, field) for field in fields}
     words = [known[field] for field in ("size", "colour") if field in known]
     words.append(known.get("shape", "object"))
     if "place" in known:
-        words.append(f"at the {known['place']}")
+        words.append(f"in the {known['place']}")
     return " ".join(words)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 COLOURS: Final = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES: Final = ("circle", "square", "triangle")
 SIZES: Final = ("small", "large")
-PLACES: Final = ("top left", "top right", "bottom left", "bottom right")
+# One word each: finding an object by two words that others share, too, is much harder to learn.
+PLACES: Final = ("northwest", "northeast", "southwest", "southeast")
 
 # One pair per shape and three different colours, so every colour and every shape still occurs in training.
 HELD_OUT: Final = tuple((COLOURS[2 * i + 1], shape) for i, shape in enumerate(SHAPES))

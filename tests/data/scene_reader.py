@@ -7,9 +7,9 @@ from data.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 
 
 def described(scene: Scene, words: str) -> list[Thing]:
-    """The objects that words like "small red circle" or "objects at the top left" fit."""
+    """The objects that words like "small red circle" or "objects in the northwest" fit."""
     words = words.removeprefix("the ").removeprefix("a ")
-    what, _, place = words.partition(" at the ")
+    what, _, place = words.partition(" in the ")
     fitting = list(scene)
     for word in what.split():
         word = word.removesuffix("s")
@@ -44,18 +44,18 @@ def answer_of(scene: Scene, question: str) -> str:
         return "yes" if counts[0] > counts[1] else "no"
     match = re.fullmatch(r"where is (the .+) from (the .+)\?", question)
     assert match, question
-    one, two = (only(scene, words).place.split() for words in match.groups())
-    if one[0] == two[0]:
-        return one[1]
-    assert one[1] == two[1], "neither in a row nor in a column"
-    return "above" if one[0] == "top" else "below"
+    one, two = (only(scene, words).place for words in match.groups())
+    if one[:5] == two[:5]:
+        return "left" if one.endswith("west") else "right"
+    assert one[5:] == two[5:], "neither in a row nor in a column"
+    return "above" if one.startswith("north") else "below"
 
 
 def parse(caption: str) -> Counter[Thing]:
     """The objects a caption names."""
     words = r"(?P<size>\w+) (?P<colour>\w+) (?P<shape>\w+)"
-    place = r"(?P<place>\w+ \w+)"
-    pattern = f"{place} {words}" if caption.startswith(("top", "bottom")) else f"{words} {place}"
+    place = r"(?P<place>\w+)"
+    pattern = f"{place} {words}" if caption.startswith(("north", "south")) else f"{words} {place}"
     found = list(re.finditer(pattern, caption))
     assert re.sub(pattern, "x", caption) == ", ".join("x" * len(found)), caption
     return Counter(Thing(**match.groupdict()) for match in found)
