@@ -3,9 +3,10 @@
 import difflib
 import re
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -58,9 +59,16 @@ def apply_overrides(settings: dict[str, Any], overrides: list[str]) -> dict[str,
 def parse(kind: type[T], settings: Any, source: str) -> T:
     """`settings` as an instance of the dataclass `kind`; UserError naming the path of the first thing that is wrong."""
     try:
-        return TypeAdapter(kind).validate_python(settings, extra="forbid")
+        adapter: TypeAdapter[T] = _adapter(cast(Any, kind))
+        return adapter.validate_python(settings, extra="forbid")
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(_explain(kind, detail) for detail in error.errors()[:5])) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Building one takes a millisecond, and models parse parts of their configuration in every forward."""
+    return TypeAdapter(kind)
 
 
 def dump(settings: Any) -> str:

@@ -1,0 +1,1 @@
+"""From a request to tokens: protocol, engines, the HTTP application."""

@@ -1,0 +1,168 @@
+"""`vlm serve` and `vlm chat`. Nothing heavy is imported before it is needed."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from serve.torch_engine import TorchEngine
+    from vlm import VisionLanguageProcessor
+
+
+def serve(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `vlm serve`."""
+    parser.epilog = """examples:
+  vlm serve runs/demo/model
+  vlm serve runs/demo/model --host 0.0.0.0 --port 8080 --api-key "$KEY"
+
+The page to try it is at http://HOST:PORT/, the API of OpenAI at http://HOST:PORT/v1. The key can also be given by the
+environment variable VLM_API_KEY. SIGTERM finishes what was accepted."""
+    _add_model(parser)
+    parser.add_argument("--engine", choices=["torch"], default="torch", help="what makes the tokens (default: torch)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
+    parser.add_argument("--api-key", metavar="KEY", help="ask clients for this key (default: $VLM_API_KEY, or none)")
+    parser.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
+    parser.add_argument(
+        "--max-batch", type=_positive, default=16, metavar="N", help="answers made at once (default: 16)"
+    )
+    parser.add_argument(
+        "--max-waiting",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="requests that may wait; more get 429 (default: 128)",
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds to finish in after SIGTERM (default: 30)",
+    )
+    parser.set_defaults(run=run_serve)
+
+
+def chat(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `vlm chat`."""
+    parser.epilog = """examples:
+  vlm chat runs/demo/model --image photo.jpg "What is in the picture?"
+  vlm chat runs/demo/model
+
+Without a prompt it is a conversation: /image FILE shows a picture with the next question, /reset starts again,
+/quit ends."""
+    _add_model(parser)
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="one question; without it, a conversation")
+    parser.add_argument("--image", metavar="FILE", nargs="+", action="extend", default=[], help="pictures to ask about")
+    parser.add_argument(
+        "--max-tokens", type=_positive, metavar="N", help="longest answer (default: what the context holds)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 for the likeliest (default: 0)")
+    parser.set_defaults(run=run_chat)
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    from serve.server import bind
+
+    api_key = options.api_key if options.api_key is not None else os.environ.get("VLM_API_KEY")
+    if api_key is not None and not api_key.strip():
+        raise UserError("the API key is empty; leave it out to serve without one")
+    listener = bind(options.host, options.port)
+    name = options.name or model_name(options.model)
+    engine, processor = load_engine(options, name, options.max_batch, options.max_waiting)
+
+    import uvicorn
+
+    from serve.app import create_app
+    from serve.server import DrainingServer
+
+    app = create_app(engine, processor, name, api_key, max_requests=options.max_batch + options.max_waiting + 8)
+    # connections that are still open when all answers are sent don't hold up the end for long
+    config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    engine.start()
+    listener.listen(1024)  # who connects as soon as the line below is read waits a moment, and is served
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    print(
+        f"{name} is served at http://{address}:{port} (API: /v1, context: {engine.info.context_length} tokens)",
+        flush=True,
+    )
+    try:
+        DrainingServer(config, app.state.traffic, options.drain_timeout).run(sockets=[listener])
+    finally:
+        engine.stop()
+    return 0
+
+
+def run_chat(options: argparse.Namespace) -> int:
+    prompt, files = split_prompt(options.prompt, options.image)
+    missing = next((file for file in files if not Path(file).is_file()), None)
+    if missing is not None:
+        raise UserError(f"{missing}: no such image")
+    engine, processor = load_engine(options, model_name(options.model), max_batch=1, max_waiting=1)
+
+    from serve.terminal import Conversation
+
+    conversation = Conversation(engine, processor, options.max_tokens, options.temperature)
+    for file in files:
+        conversation.show(Path(file))
+    engine.start()
+    try:
+        if prompt is not None:
+            conversation.ask(prompt, sys.stdout)
+            return 0
+        return conversation.run(sys.stdin, sys.stdout)
+    finally:
+        engine.stop()
+
+
+def load_engine(
+    options: argparse.Namespace, name: str, max_batch: int, max_waiting: int
+) -> "tuple[TorchEngine, VisionLanguageProcessor]":
+    """The engine (not started) and processor of the model that a command line names."""
+    from transformers.utils import logging as transformers_logging
+
+    from serve.torch_engine import TorchEngine
+    from vlm import load
+    from vlm.device import pick_device, pick_dtype
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    device = pick_device(options.device)
+    model, processor = load(options.model, device, pick_dtype(options.dtype, device))
+    return TorchEngine(model, processor, name, max_batch, max_waiting), processor
+
+
+def model_name(model: str) -> str:
+    """What clients call a model: a hub id as it is, a folder by its last part (they need not know where it lies)."""
+    folder = Path(model)
+    return folder.resolve().name if folder.exists() else model
+
+
+def split_prompt(prompt: str | None, images: list[str]) -> tuple[str | None, list[str]]:
+    """`--image A B PROMPT` gives the prompt to --image, too: what is no file nor named like one is it."""
+    if prompt is None and len(images) > 1 and not Path(images[-1]).exists():
+        last = images[-1]
+        if " " in last.strip() or not Path(last).suffix:
+            return last, images[:-1]
+    return prompt, images
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model folder or hub id")
+    parser.add_argument("--device", help="cuda, mps, cpu ... (default: the best there is)")
+    parser.add_argument(
+        "--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="number format (default: auto)"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
