@@ -44,13 +44,14 @@ def check_roles(where: str, messages: Sequence[Message]) -> None:
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     for position, message in enumerate(turns):
         due = ("user", "assistant")[position % 2]
+        number = position + 1 + len(messages) - len(turns)
         if message["role"] != due:
-            raise UserError(f"{where}: message {position + 1} is from {message['role']!r}, where {due!r} is due")
+            raise UserError(f"{where}: message {number} is from {message['role']!r}, where {due!r} is due")
         if due == "assistant":
             if any(part["type"] == "image" for part in message["content"]):
-                raise UserError(f"{where}: message {position + 1}: an image in an assistant's answer")
+                raise UserError(f"{where}: message {number}: an image in an assistant's answer")
             if not "".join(part["text"] for part in message["content"]).strip():
-                raise UserError(f"{where}: message {position + 1}: an empty answer")
+                raise UserError(f"{where}: message {number}: an empty answer")
     if not turns or turns[-1]["role"] != "assistant":
         raise UserError(f"{where}: the conversation doesn't end with an assistant's answer")
 

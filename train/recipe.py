@@ -63,7 +63,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA (Hu et al. 2021) on the language model's linear layers: all of them, or those whose name ends in a target."""
+    """LoRA (Hu et al. 2021) on the LM's linear layers: all of them, or those whose name ends in a target."""
 
     rank: int = 16
     alpha: int | None = None  # default: 2 x rank
@@ -75,7 +75,7 @@ class Lora:
 class Stage:
     """One stretch of training. Parts without a learning rate are frozen.
 
-    batch_size: rows per optimizer step, over all ranks; micro_batch_size: rows per forward on one rank; warmup: share
+    batch_size: rows per optimizer step, over all ranks; micro_batch_size: rows per forward on a rank; warmup: share
     of the steps; group: rows that stay neighbours when shuffled; train_on: which tokens the loss counts.
     """
 

@@ -45,6 +45,11 @@ class VQA(Benchmark):
         return items
 
     def _annotated(self, path: Path) -> list[Item]:
+        for index, row in enumerate(_rows(path, "annotations")):
+            answers = row.get("answers")
+            sound = isinstance(answers, list) and answers and all(_is_answer(answer) for answer in answers)
+            if not sound or not {"question_id", "answer_type", "question_type"} <= row.keys():
+                raise UserError(f"{path}: annotation {index} needs question_id, answers, answer_type, question_type")
         return [
             Item(
                 str(row["question_id"]),
@@ -104,6 +109,10 @@ def _normalised(answer: str, annotators: list[dict[str, Any]]) -> float:
     answer = process(clean(answer))
     hits = [process(clean(one["answer"])) == answer for one in annotators]
     return sum(min(1.0, (sum(hits) - hit) / 3) for hit in hits) / len(hits)
+
+
+def _is_answer(answer: Any) -> bool:
+    return isinstance(answer, dict) and isinstance(answer.get("answer"), str)
 
 
 def _rows(path: Path, key: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from data.scenes.world import PLACES, Scene, Thing, shuffled
+from data.scenes.world import PLACES, Scene, Thing, pick, shuffled
 
 DESCRIBE: Final = "describe the picture."
 REPEAT: Final = "repeat."
@@ -33,5 +33,13 @@ def captions(rng: np.random.Generator, scene: Scene, count: int) -> list[str]:
 
 
 def description(scene: Scene) -> str:
-    """The one answer to DESCRIBE: objects in reading order, so that a model can know every word of it."""
-    return _noun_first(sorted(scene, key=lambda thing: PLACES.index(thing.place)))
+    """The one answer to DESCRIBE: objects in reading order, so that a model can know every word of it, and each after
+    its place, which tells where to look."""
+    return _place_first(sorted(scene, key=lambda thing: PLACES.index(thing.place)))
+
+
+def look_up(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    """The plainest question there is, and its answer: what is at a place."""
+    place = pick(rng, PLACES)
+    there = [_noun(thing) for thing in scene if thing.place == place]
+    return f"what is in the {place}?", there[0] if there else "nothing"

@@ -8,17 +8,18 @@ import numpy as np
 from PIL import Image
 
 from data.scenes.draw import Look, draw_look, render
-from data.scenes.language import DESCRIBE, REPEAT, captions, description
+from data.scenes.language import DESCRIBE, REPEAT, captions, description, look_up
 from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_many
-from data.scenes.world import HELD_OUT, Scene, Thing, draw_scene, draw_twin
+from data.scenes.world import HELD_OUT, Scene, Thing, draw_scene, draw_twin, shuffled
 
 Row = dict[str, Any]
 
-TEXT_QUESTIONS: Final = 5
-# Shares of text rows that begin by saying the caption again, and by putting it in reading order. Copying is what a small
-# model learns first, and what it then builds looking things up on: without it, answers stay guesses much longer.
-_REPEATED: Final = 0.5
-_DESCRIBED: Final = 0.25
+TEXT_QUESTIONS: Final = 4
+LOOK_UPS: Final = 2
+# Shares of text rows that begin by saying the caption again, and by putting it in reading order. Copying is what a
+# small model learns first, and what it then builds looking things up on: without it, answers stay guesses longer.
+_REPEATED: Final = 0.25
+_DESCRIBED: Final = 0.5
 
 
 class Stream(IntEnum):
@@ -73,7 +74,9 @@ def text_row(seed: int, index: int) -> Row:
     rng = _rng(seed, Stream.TEXT, index)
     scene = draw_scene(rng)
     (caption,) = captions(rng, scene, 1)
-    exchanges = [(question.text, question.answer) for question in ask_many(rng, scene, TEXT_QUESTIONS)]
+    exchanges = [look_up(rng, scene) for _ in range(LOOK_UPS)]
+    exchanges += [(question.text, question.answer) for question in ask_many(rng, scene, TEXT_QUESTIONS)]
+    exchanges = shuffled(rng, exchanges)
     kind = rng.random()
     if kind < _REPEATED:
         exchanges.insert(0, (REPEAT, caption))

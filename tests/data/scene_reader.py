@@ -42,6 +42,9 @@ def answer_of(scene: Scene, question: str) -> str:
         counts = [len(described(scene, words)) for words in match.groups()]
         assert counts[0] != counts[1]
         return "yes" if counts[0] > counts[1] else "no"
+    if match := re.fullmatch(r"what is in the (\w+)\?", question):
+        there = [f"{t.size} {t.colour} {t.shape}" for t in scene if t.place == match[1]]
+        return there[0] if there else "nothing"
     match = re.fullmatch(r"where is (the .+) from (the .+)\?", question)
     assert match, question
     one, two = (only(scene, words).place for words in match.groups())
