@@ -94,7 +94,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             if isinstance(module.out, nn.Linear):
                 nn.init.normal_(module.out.weight, std=VISUAL_TOKEN_STD)
         elif isinstance(module, MLPProjector):
-            nn.init.normal_(module.layers[-1].weight, std=VISUAL_TOKEN_STD)
+            last: Any = module.layers[-1]
+            nn.init.normal_(last.weight, std=VISUAL_TOKEN_STD)
         elif isinstance(module, GatedCrossAttention):
             nn.init.zeros_(module.attn_gate)
             nn.init.zeros_(module.ff_gate)

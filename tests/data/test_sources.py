@@ -1,0 +1,160 @@
+"""Files of rows: every line found once, with its number; broken files named."""
+
+import json
+import os
+import pickle
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.sources import Source
+from vlm import UserError
+
+REAL = os.environ.get("VLM_DEV_DATA", "")
+ROW = {"question": "what?", "answer": "a cube"}
+BOM = b"\xef\xbb\xbf"
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def line(answer: str) -> bytes:
+    return json.dumps({"question": "what?", "answer": answer}, ensure_ascii=False).encode()
+
+
+def answers(source: Source) -> list[str]:
+    return [record.messages[-1]["content"][0]["text"] for record in source]
+
+
+BLANKS = st.sampled_from([b"", b" ", b"\t \t"])
+LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9) | BLANKS, min_size=1, max_size=12)
+
+
+@given(lines=LINES, end=st.sampled_from([b"\n", b"\r\n"]), last=st.booleans(), bom=st.booleans())
+@settings(max_examples=120, deadline=None)
+def test_every_line_with_something_on_it_is_a_row_with_its_number(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str | bytes], end: bytes, last: bool, bom: bool
+) -> None:
+    content = [item if isinstance(item, bytes) else line(f"x{item}") for item in lines]
+    expected = [(number, f"x{item}") for number, item in enumerate(lines, start=1) if not isinstance(item, bytes)]
+    path = tmp_path_factory.getbasetemp() / "lines.jsonl"
+    data = (BOM if bom and content[0].strip() else b"") + end.join(content) + (end if last else b"")
+    write(path, data)
+    if not expected:
+        with pytest.raises(UserError, match="no rows in it"):
+            Source(path)
+        return
+    source = Source(path)
+    assert len(source) == len(expected)
+    assert answers(source) == [answer for _, answer in expected]
+    assert [source.where(index) for index in range(len(source))] == [f"{path}:{number}" for number, _ in expected]
+    again = pickle.loads(pickle.dumps(source))
+    assert [*again] == [*source]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("head", [b"", BOM, b"\r\n \n"])
+def test_a_json_array_is_rows_named_by_their_index(tmp_path: Path, head: bytes, indent: int | None) -> None:
+    rows = [{**ROW, "answer": answer} for answer in ("one", "zwei", "ü")]
+    source = Source(write(tmp_path / "rows.json", head + json.dumps(rows, indent=indent).encode()))
+    assert answers(source) == ["one", "zwei", "ü"]
+    assert source.where(1) == f"{tmp_path / 'rows.json'}[1]"
+    assert answers(pickle.loads(pickle.dumps(source))) == ["one", "zwei", "ü"]
+
+
+BAD_FILES = {
+    "empty": (b"", "no rows in it"),
+    "blank": (b"\n \n" * 5000, "no rows in it"),
+    "an empty array": (b"[]", "no rows in it"),
+    "half an array": (b'[{"question": "what?"', "not valid JSON"),
+    "an array and more": (b"[1]\n[2]\n", "not valid JSON"),
+    "too deep an array": (b"[" * 100_000, "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_file_without_rows_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    content, complaint = BAD_FILES[kind]
+    path = write(tmp_path / "rows.json", content)
+    with pytest.raises(UserError, match=complaint) as error:
+        Source(path)
+    assert str(error.value).startswith(str(path))
+
+
+BAD_LINES = {
+    "half a row": b'{"question": "what?"',
+    "two rows": line("a") + line("b"),
+    "not UTF-8": b'{"question": "\xff", "answer": "a"}',
+    "UTF-16": line("a").decode().encode("utf-16"),
+    "too deep": b'{"a":' * 50_000,
+    "words": b"question: what?",
+    "a BOM alone": BOM,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_broken_line_is_named_and_the_others_are_read(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "rows.jsonl", b"\n".join([line("a"), b"", BAD_LINES[kind], line("b")]))
+    source = Source(path)
+    with pytest.raises(UserError, match="not valid JSON") as error:
+        source[1]
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert answers_of(source, 0) == "a"
+    assert answers_of(source, len(source) - 1) == "b"
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: not valid JSON"):
+        source.check()
+
+
+def answers_of(source: Source, index: int) -> Any:
+    return source[index].messages[-1]["content"][0]["text"]
+
+
+def test_many_blank_lines_before_the_first_row_do_no_harm(tmp_path: Path) -> None:
+    source = Source(write(tmp_path / "rows.jsonl", b"\n" * 5000 + line("a")))
+    assert (answers(source), source.where(0)) == (["a"], f"{tmp_path / 'rows.jsonl'}:5001")
+
+
+def test_a_sound_file_passes_its_check(tmp_path: Path) -> None:
+    Source(write(tmp_path / "rows.jsonl", line("a") + b"\n" + line("b" * 1_000_000))).check()
+
+
+def test_a_file_or_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.jsonl: no such data file"):
+        Source(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="no such data file"):
+        Source(tmp_path)
+    path = write(tmp_path / "rows.jsonl", line("a"))
+    with pytest.raises(UserError, match="elsewhere: no such image folder"):
+        Source(path, images=tmp_path / "elsewhere")
+
+
+def test_images_lie_where_one_says_or_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    path = write(tmp_path / "rows.jsonl", json.dumps({**ROW, "image": "a.png"}).encode())
+    for folder, options in (
+        (tmp_path, {}),
+        (tmp_path / "images", {}),
+        (tmp_path / "pictures", {"images": tmp_path / "pictures"}),
+    ):
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / "a.png")
+        assert Source(path, **options)[0].images == ((folder / "a.png").resolve(),)
+
+
+@pytest.mark.skipif(not REAL, reason="VLM_DEV_DATA names no folder with flickr8k")
+def test_real_captions_and_questions_are_read_as_they_come() -> None:
+    folder = Path(REAL) / "flickr8k"
+    captions, questions = Source(folder / "captions.jsonl"), Source(folder / "yesno.jsonl")
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (len(captions), len(questions)) == (len(lines), 1504)
+    for record, line in zip(islice(captions, 50), lines, strict=False):
+        assert record.captions == tuple(line["captions"])
+        assert record.images == ((folder / "images" / line["image"]).resolve(),)
+    assert set(answers(questions)) == {"yes", "no"}

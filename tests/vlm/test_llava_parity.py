@@ -1,0 +1,84 @@
+"""Early fusion with an MLP is LLaVA: the logits of transformers' own class, and what it refuses."""
+
+import pytest
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from tests.vlm.chats import pad_left, picture, user
+from tests.vlm.conftest import LoadedModels
+from vlm import VisionLanguageConfig, VisionLanguageModel
+from vlm.processing import make_processor
+
+KEYS = {
+    "vision_tower.encoder.": "model.vision_tower.",
+    "multi_modal_projector.layers.0.": "model.multi_modal_projector.linear_1.",
+    "multi_modal_projector.layers.2.": "model.multi_modal_projector.linear_2.",
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+}
+STRATEGY = {"patch": "default", "cls_patch": "full"}
+
+
+def as_llava(model: VisionLanguageModel) -> LlavaForConditionalGeneration:
+    """transformers' LLaVA with the same weights, every key of both used."""
+    config = model.config
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=config.vision_config.to_dict(),
+            text_config=config.text_config.to_dict(),
+            image_token_index=config.image_token_id,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=STRATEGY[config.vision_feature_select],
+            image_seq_length=config.tokens_per_image,
+        )
+    )
+    weights = {}
+    for key, tensor in model.state_dict().items():
+        ours, theirs = next(pair for pair in KEYS.items() if key.startswith(pair[0]))
+        weights[theirs + key.removeprefix(ours)] = tensor
+    llava.load_state_dict(weights, strict=True)
+    return llava.eval()
+
+
+@pytest.mark.parametrize("select", ["patch", "cls_patch"])
+@pytest.mark.parametrize("layer", [-2, [-2, -1], 1], ids=str)
+def test_logits_equal_transformers_llava(loaded_models: LoadedModels, layer: int | list[int], select: str) -> None:
+    base, processor = loaded_models("early", "mlp")
+    settings = {**base.config.to_diff_dict(), "vision_feature_layer": layer, "vision_feature_select": select}
+    config = VisionLanguageConfig(**settings)
+    torch.manual_seed(0)
+    model = VisionLanguageModel(config).eval()
+    processor = make_processor(processor.tokenizer, 32, config.placeholders_per_image)
+    prompts = [user(None, "what is this?"), user("here", None, "and there", None, "?"), user("no picture")]
+    inputs = {**pad_left(processor, prompts), "pixel_values": processor.pixels([picture(n) for n in range(3)])}
+    assert config.placeholders_per_image == {"patch": 16, "cls_patch": 17}[select]
+    with torch.no_grad():
+        ours, theirs = model(**inputs).logits, as_llava(model)(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=1e-5)
+    blank = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
+    with torch.no_grad():
+        assert (model(**blank).logits - ours)[real].abs().max() > 1e-2  # the pictures matter
+
+
+def test_loss_equals_transformers_llava(loaded_models: LoadedModels) -> None:
+    model, processor = loaded_models("early", "mlp")
+    inputs = {**pad_left(processor, [user(None, "what is this?")]), "pixel_values": processor.pixels([picture(1)])}
+    labels = inputs["input_ids"].clone()
+    labels[:, :18] = -100
+    with torch.no_grad():
+        ours, theirs = model(**inputs, labels=labels).loss, as_llava(model)(**inputs, labels=labels).loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("fusion", ["early", "deep"])
+def test_more_or_fewer_pictures_than_placeholders_are_refused_with_both_counts(
+    loaded_models: LoadedModels, fusion: str
+) -> None:
+    model, processor = loaded_models(fusion, "mlp")
+    each = model.config.placeholders_per_image
+    inputs = pad_left(processor, [user(None, "what is this?")])
+    for count in (0, 2):
+        pixels = {"pixel_values": processor.pixels([picture(n) for n in range(count)])} if count else {}
+        with pytest.raises(ValueError, match=f"{each} image tokens, but its {count} images need {each * count}"):
+            model(**inputs, **pixels)
