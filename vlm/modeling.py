@@ -193,8 +193,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
     def _scatter(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, visual: Visual) -> torch.Tensor:
         tokens = visual.tokens.to(inputs_embeds.dtype)
-        # keeps the vision path in the graph when no token of this batch refers to an image
-        inputs_embeds = inputs_embeds + 0.0 * tokens.sum()
         mask = (input_ids == self.config.image_token_id).unsqueeze(-1)
         return inputs_embeds.masked_scatter(mask, tokens)
 

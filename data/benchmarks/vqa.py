@@ -32,9 +32,15 @@ class VQA(Benchmark):
             raise UserError(f"{data}: no VQA questions file there (a JSON object with 'questions')")
         known = {item.id: item for path in files for item in self._annotated(path)}
         items = []
+        folder = images or data.parent
+        pictures = _pictures(folder)
         for row in questions:
+            if missing := [key for key in ("question_id", "question", "image_id") if key not in row]:
+                raise UserError(f"{data}: a question without {', '.join(missing)}: {str(row)[:80]}")
             item = known.get(str(row["question_id"]), Item(str(row["question_id"]), "", ()))
-            image = _find_image(images or data.parent, row["image_id"])
+            image = pictures.get(str(row["image_id"]).lstrip("0"))
+            if image is None:
+                raise UserError(f"{folder}: no picture of image {row['image_id']} (COCO_*_{row['image_id']:0>12}.jpg)")
             items.append(replace(item, question=row["question"], image=image))
         return items
 
@@ -121,12 +127,7 @@ def _rows(path: Path, key: str) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _find_image(folder: Path, image_id: Any) -> Path | None:
-    for name in (
-        f"{image_id}.jpg",
-        f"{image_id}.png",
-        *(p.name for p in folder.glob(f"COCO_*_{int(image_id):012d}.jpg")),
-    ):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder}: no picture of image {image_id} (COCO_*_{int(image_id):012d}.jpg)")
+def _pictures(folder: Path) -> dict[str, Path]:
+    """Images of a folder by their number: COCO_val2014_000000000042.jpg and 42.jpg are both 42."""
+    found = (path for path in folder.iterdir() if path.suffix in (".jpg", ".jpeg", ".png"))
+    return {path.stem.rpartition("_")[2].lstrip("0"): path for path in found}
