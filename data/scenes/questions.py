@@ -19,7 +19,7 @@ ANSWERS: Final = {
     "shape": SHAPES,
     "count": ("0", "1", "2", "3", "4"),
     "existence": YES_NO,
-    "relation": ("left", "right", "above", "below"),
+    "relation": ("left", "right", "above", "below", *PLACES),
     "comparison": YES_NO,
 }
 KINDS: Final = tuple(ANSWERS)
@@ -139,6 +139,9 @@ def _relation(scene: Scene, focus: Thing | None) -> Candidates:
         for fields in (("colour", "shape"), ("size", "colour", "shape")):
             if thing not in names and _is_unique(scene, thing, fields):
                 names[thing] = refer(thing, fields)
+    for thing, name in names.items():
+        if focus in (None, thing):
+            found.setdefault(thing.place, [[]])[0].append(f"where is the {name}?")
     for thing, other in permutations(names, 2):
         direction = _direction(thing, other)
         if direction is not None and focus in (None, thing, other):

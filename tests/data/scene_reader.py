@@ -45,6 +45,10 @@ def answer_of(scene: Scene, question: str) -> str:
     if match := re.fullmatch(r"what is in the (\w+)\?", question):
         there = [f"{t.size} {t.colour} {t.shape}" for t in scene if t.place == match[1]]
         return there[0] if there else "nothing"
+    if " from " not in question:
+        match = re.fullmatch(r"where is (the .+)\?", question)
+        assert match, question
+        return only(scene, match[1]).place
     match = re.fullmatch(r"where is (the .+) from (the .+)\?", question)
     assert match, question
     one, two = (only(scene, words).place for words in match.groups())

@@ -237,5 +237,5 @@ def test_text_rows_answer_from_their_caption() -> None:
 def test_relations_come_in_opposite_pairs() -> None:
     for seed in range(100):
         found = candidates(random_scene(seed), "relation")
-        for direction, groups in found.items():
-            assert len(groups[0]) == len(found[OPPOSITE[direction]][0])
+        for direction in OPPOSITE.keys() & found.keys():
+            assert len(found[direction][0]) == len(found[OPPOSITE[direction]][0])
