@@ -57,7 +57,7 @@ def _is_unique(scene: Scene, thing: Thing, fields: tuple[str, ...]) -> bool:
 def _attribute(scene: Scene, focus: Thing | None, asked: str, question: str) -> Candidates:
     other = "shape" if asked == "colour" else "colour"
     found: Candidates = {}
-    for fields in ((other,), ("size", other), ("place",), ("size",)):
+    for fields in ((), (other,), ("size", other), ("place",), ("size",)):
         by_answer: dict[str, list[str]] = {}
         for thing in scene if focus is None else (focus,):
             if _is_unique(scene, thing, fields):
