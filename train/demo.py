@@ -22,7 +22,7 @@ from data.scenes.write import write_scenes
 from train.answer import Answerer
 from train.evaluate import ask
 from train.loop import run_training
-from train.pages import make_sample, write_run_page
+from train.pages import Sample, make_sample, write_run_page
 from train.recipe import Recipe, load_recipe
 from train.runs import Run
 from vlm.checkpoint import link_folder, load
@@ -45,6 +45,9 @@ class Demo:
         self.runs = {name: Run(out / "runs" / name) for name in ("clip", "language", fusion)}
         self.timings_file = out / "timings.json"
         self.timings: dict[str, float] = {}
+        self.figures: dict[str, Any] = {}
+        self.samples: list[Sample] = []
+        self.example: tuple[Item, str] | None = None
 
     def claim(self) -> None:
         """Makes the folder this demo's; UserError if another demo or something else lives there."""
@@ -131,7 +134,7 @@ class Demo:
         def accuracy(items: list[Item], control: str) -> float:
             return benchmark.score(items, ask(answerer, benchmark, items, control, self.seed)).metrics["accuracy"]
 
-        self.figures: dict[str, Any] = {
+        self.figures = {
             "fusion": self.fusion,
             "seed": self.seed,
             "n": len(heldout),
@@ -184,7 +187,7 @@ class Demo:
             table.add_row(f"stage {stage['name']}, {stage['steps']} steps", f"{stage['seconds']:.0f} s")
         table.add_row("everything", f"{summary['seconds']:.0f} s")
         self.console.print(table)
-        if hasattr(self, "example"):
+        if self.example is not None:
             item, answer = self.example
             assert item.image is not None
             self.console.print(draw_in_terminal(item.image))
