@@ -13,14 +13,16 @@ from vlm.settings import parse
 class Connector:
     """From the encoder's patches to what the LM sees.
 
-    mlp: `depth` linear layers with `activation` between (depth 1 is a linear projector), after average pooling of
-    `pool` x `pool` patches. perceiver: `num_latents` learned queries over `depth` layers (Flamingo, section 3.1).
+    mlp: `depth` linear layers with `activation` between (depth 1 is a linear projector), over each patch or over
+    squares of `pool` x `pool` patches, averaged or put side by side ("concat", as Qwen2-VL merges them, section 2.1).
+    perceiver: `num_latents` learned queries over `depth` layers (Flamingo, section 3.1).
     """
 
     type: Literal["mlp", "perceiver"] = "mlp"
     depth: int = 2
     activation: str = "gelu"
     pool: int = 1
+    pooling: Literal["average", "concat"] = "average"
     num_latents: int = 64
     heads: int = 8
     head_dim: int = 64

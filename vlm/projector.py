@@ -1,4 +1,4 @@
-"""The MLP projector of LLaVA (Liu et al. 2023, section 4.1; two layers since LLaVA-1.5), with optional pooling."""
+"""The MLP projector of LLaVA (Liu et al. 2023, section 4.1; two layers since 1.5), over patches or squares of them."""
 
 import torch
 from torch import nn
@@ -12,7 +12,9 @@ class MLPProjector(nn.Module):
 
     def __init__(self, settings: Connector, in_size: int, out_size: int) -> None:
         super().__init__()
-        self.pool = settings.pool
+        self.pool, self.pooling = settings.pool, settings.pooling
+        if self.pooling == "concat":
+            in_size *= self.pool**2
         layers: list[nn.Module] = [nn.Linear(in_size, out_size)]
         for _ in range(settings.depth - 1):
             layers += [ACT2FN[settings.activation], nn.Linear(out_size, out_size)]
@@ -26,7 +28,11 @@ class MLPProjector(nn.Module):
                     f"pooling needs a square grid of patches, got {features.shape[1]} (leave out the class token)"
                 )
             grid = features.transpose(1, 2).unflatten(2, (side, side))  # [I, D, side, side]
-            grid = nn.functional.avg_pool2d(grid, self.pool, ceil_mode=True)
+            if self.pooling == "concat":
+                missing = -side % self.pool  # squares at the right and lower edge are filled up with zeros
+                grid = nn.functional.pixel_unshuffle(nn.functional.pad(grid, (0, missing, 0, missing)), self.pool)
+            else:
+                grid = nn.functional.avg_pool2d(grid, self.pool, ceil_mode=True)
             features = grid.flatten(2).transpose(1, 2)
         projected: torch.Tensor = self.layers(features)
         return projected

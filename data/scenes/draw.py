@@ -20,8 +20,8 @@ SHADE: Final = 10
 BACKGROUNDS: Final = ("plain", "noise", "stripes", "checks", "gradient")
 
 _HALF: Final = SIDE // 2
-_RADIUS: Final = {"small": 7, "large": 11}
-_JITTER: Final = 3
+_RADIUS: Final = {"small": 8, "large": 12}
+_JITTER: Final = 2
 _GREY: Final = (120, 205)
 _TINT: Final = 14
 _CONTRAST: Final = (10, 18)

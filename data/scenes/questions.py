@@ -5,7 +5,7 @@ answers are balanced by construction and not by the accidents of what scenes sho
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import permutations
 from typing import Final, NamedTuple
 
@@ -219,6 +219,16 @@ def ask(
     if answer is None or answer not in found:
         return None
     return Question(kind, pick(rng, pick(rng, found[answer])), answer)
+
+
+def ask_plainly(rng: np.random.Generator, scene: Scene, keys: Sequence[tuple[str, ...]]) -> Question:
+    """The colour, shape or place of an object that other fields, one of `keys`, single out."""
+    wordings = {"colour": "what color is", "shape": "what shape is", "place": "where is"}
+    named = {key: [thing for thing in scene if _is_unique(scene, thing, key)] for key in keys}
+    key = pick(rng, [key for key in keys if named[key]])
+    thing = pick(rng, named[key])
+    asked = pick(rng, [field for field in wordings if field not in key])
+    return Question(asked, f"{wordings[asked]} the {refer(thing, key)}?", getattr(thing, asked))
 
 
 def ask_many(rng: np.random.Generator, scene: Scene, count: int) -> list[Question]:

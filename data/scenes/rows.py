@@ -1,5 +1,6 @@
 """The rows of every file, each made from its own random stream so that no row depends on another."""
 
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -9,8 +10,8 @@ from PIL import Image
 
 from data.scenes.draw import Look, draw_look, render
 from data.scenes.language import DESCRIBE, REPEAT, captions, description, look_up
-from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_many
-from data.scenes.world import HELD_OUT, Scene, Thing, draw_scene, draw_twin, shuffled
+from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_many, ask_plainly
+from data.scenes.world import HELD_OUT, PLACES, Scene, Thing, draw_scene, draw_twin, shuffled
 
 Row = dict[str, Any]
 
@@ -20,6 +21,14 @@ LOOK_UPS: Final = 2
 # small model learns first, and what it then builds looking things up on: without it, answers stay guesses longer.
 _REPEATED: Final = 0.25
 _DESCRIBED: Final = 0.5
+# What singles an object out in the rows of lookups.jsonl from each share of them on. Attention learns to find things
+# one way at a time, and only where guessing fails: in crowded scenes, of several colours. Mixed with all the other
+# questions from the start, the same lookups stay guesses many times longer.
+_KEYS: Final = (("place",), ("colour",), ("shape",), ("colour", "shape"))
+_LESSONS: Final = ((0.0, _KEYS[:1]), (0.3, _KEYS[:2]), (0.5, _KEYS[:3]), (0.65, _KEYS))
+# From this share on, half of the questions are whether something is there at all.
+_EXISTENCE_FROM: Final = 0.8
+_CROWD_COLOURS: Final = 3
 
 
 class Stream(IntEnum):
@@ -30,6 +39,7 @@ class Stream(IntEnum):
     TEXT = 2
     HELDOUT = 3
     UNSEEN = 4
+    LOOKUPS = 5
 
 
 class Drawn(NamedTuple):
@@ -56,17 +66,38 @@ def train_rows(seed: int, index: int, scene: Scene, image: str, questions: int) 
     """The rows of one training picture in captions.jsonl, captions_chat.jsonl and chat.jsonl."""
     rng = _rng(seed, Stream.TRAIN_WORDS, index)
     first, second = captions(rng, scene, 2)
+    asked = ask_many(rng, scene, questions)
     picture = {"type": "image", "image": image}
-    turns: list[Row] = []
-    for question in ask_many(rng, scene, questions):
-        turns.append({"role": "user", "content": question.text})
-        turns.append({"role": "assistant", "content": question.answer})
-    turns[0]["content"] = [picture, {"type": "text", "text": turns[0]["content"]}]
     described = [
         {"role": "user", "content": [picture, {"type": "text", "text": DESCRIBE}]},
         {"role": "assistant", "content": description(scene)},
     ]
-    return {"image": image, "captions": [first, second]}, {"messages": described}, {"messages": turns}
+    return {"image": image, "captions": [first, second]}, {"messages": described}, _conversation(asked, image)
+
+
+def _conversation(questions: Sequence[Question], image: str) -> Row:
+    turns: list[Row] = []
+    for question in questions:
+        turns.append({"role": "user", "content": question.text})
+        turns.append({"role": "assistant", "content": question.answer})
+    turns[0]["content"] = [{"type": "image", "image": image}, {"type": "text", "text": turns[0]["content"]}]
+    return {"messages": turns}
+
+
+def lookup_row(seed: int, index: int, count: int, questions: int, image: str) -> tuple[Drawn, Row]:
+    """Row `index` of the `count` in lookups.jsonl, which grow harder: plain questions about four objects."""
+    rng = _rng(seed, Stream.LOOKUPS, index)
+    keys = next(keys for share, keys in reversed(_LESSONS) if index >= share * count)
+    while True:
+        scene = draw_scene(rng)
+        if len(scene) == len(PLACES) and len({thing.colour for thing in scene}) >= _CROWD_COLOURS:
+            break
+    look = draw_look(rng)
+    asked = [ask_plainly(rng, scene, keys) for _ in range(questions)]
+    if index >= _EXISTENCE_FROM * count:
+        there = [ask(rng, scene, "existence") for _ in asked[::2]]
+        asked[::2] = [question for question in there if question is not None]
+    return Drawn(scene, look), _conversation(asked, image)
 
 
 def text_row(seed: int, index: int) -> Row:

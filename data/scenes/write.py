@@ -12,16 +12,26 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from data.scenes.questions import KINDS, Question
-from data.scenes.rows import Drawn, heldout_item, save_picture, text_row, train_pair, train_rows, unseen_item
+from data.scenes.rows import (
+    Drawn,
+    heldout_item,
+    lookup_row,
+    save_picture,
+    text_row,
+    train_pair,
+    train_rows,
+    unseen_item,
+)
 from data.scenes.world import HELD_OUT
 from vlm.errors import UserError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MOST_QUESTIONS: Final = 12
 
 _SETTINGS_FILE: Final = "scenes.json"
 _FILES: Final = {
     "train": ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl"),
+    "lookups": ("lookups.jsonl",),
     "text": ("text.jsonl",),
     "heldout": ("heldout.jsonl",),
     "unseen": ("unseen.jsonl",),
@@ -47,6 +57,7 @@ def write_scenes(
     train: int = 20_000,
     heldout: int = 1_000,
     unseen: int = 500,
+    lookups: int = 6_400,
     text_rows: int = 16_000,
     seed: int = 0,
     questions_per_scene: int = 6,
@@ -55,8 +66,8 @@ def write_scenes(
 ) -> dict[str, Any]:
     """Writes pictures and rows into the folder `out` and returns the content of its scenes.json.
 
-    `train` counts pictures; `heldout` and `unseen` count questions, each with its own picture, and are
-    rounded up so that every kind has as many; `text_rows` counts rows without a picture. The files depend
+    `train` and `lookups` count pictures; `heldout` and `unseen` count questions, each with its own picture, and
+    are rounded up so that every kind has as many; `text_rows` counts rows without a picture. The files depend
     on these numbers and the seed only, never on `processes` (default: the cores at hand). `progress` is
     called with items done and items in all. A folder that holds the same scenes already is left as it is.
     Raises UserError for a number out of range, and where `out` holds anything else.
@@ -66,6 +77,7 @@ def write_scenes(
         "train": _bounded("train", train),
         "heldout": _whole_rounds(_bounded("heldout", heldout)),
         "unseen": _whole_rounds(_bounded("unseen", unseen)),
+        "lookups": _bounded("lookups", lookups),
         "text_rows": _bounded("text_rows", text_rows),
         "questions_per_scene": _bounded("questions_per_scene", questions_per_scene, 1, MOST_QUESTIONS),
     }
@@ -156,7 +168,7 @@ def _write_files(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     images = folder / "images"
-    for split in ("train", "heldout", "unseen"):
+    for split in ("train", "heldout", "unseen", "lookups"):
         (images / split).mkdir(parents=True)
     jobs = list(_jobs(images, settings))
     total = sum(job.stop - job.start for job in jobs)
@@ -206,6 +218,14 @@ def _train(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
                 yield train_rows(seed, index, drawn.scene, image, job.settings["questions_per_scene"])
 
 
+def _lookups(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
+    count, questions = job.settings["lookups"], job.settings["questions_per_scene"]
+    for index in range(job.start, job.stop):
+        drawn, row = lookup_row(job.settings["seed"], index, count, questions, _image(job, index))
+        _save(job, index, drawn)
+        yield (row,)
+
+
 def _text(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
     for index in range(job.start, job.stop):
         yield (text_row(job.settings["seed"], index),)
@@ -221,7 +241,7 @@ def _unseen(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
         yield (_asked(job, index, *unseen_item(job.settings["seed"], index)),)
 
 
-_RUN: Final = {"train": _train, "text": _text, "heldout": _heldout, "unseen": _unseen}
+_RUN: Final = {"train": _train, "lookups": _lookups, "text": _text, "heldout": _heldout, "unseen": _unseen}
 
 
 def _asked(job: _Job, index: int, drawn: Drawn, question: Question) -> dict[str, Any]:
@@ -234,7 +254,11 @@ def _asked(job: _Job, index: int, drawn: Drawn, question: Question) -> dict[str,
     }
 
 
+def _image(job: _Job, index: int) -> str:
+    return f"{job.split}/{index:06d}.png"
+
+
 def _save(job: _Job, index: int, drawn: Drawn) -> str:
-    image = f"{job.split}/{index:06d}.png"
+    image = _image(job, index)
     save_picture(drawn, Path(job.images) / image)
     return image

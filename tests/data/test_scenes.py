@@ -115,7 +115,7 @@ def test_pictures_show_each_object_in_its_quadrant(seed: int) -> None:
         mask = np.abs(quadrant - RGB[thing.colour]).max(axis=2) <= SHADE
         height, width = (int(mask.any(axis=axis).sum()) for axis in (1, 0))
         assert height == width
-        assert (width <= 17) if thing.size == "small" else (width >= 23)
+        assert (width <= 19) if thing.size == "small" else (width >= 25)
         fill = areas[thing.colour] / (height * width)
         assert {"square": 0.99, "circle": 0.7, "triangle": 0.4}[thing.shape] < fill
         assert fill < {"square": 1.01, "circle": 0.9, "triangle": 0.62}[thing.shape]

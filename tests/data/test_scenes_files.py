@@ -1,6 +1,7 @@
 """Scenes on disk: complete, the same files whoever writes them, and never half-written."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.scenes import HELD_OUT, PLACES, write_scenes
-from data.scenes.rows import heldout_item, text_row, train_pair
+from data.scenes import COLOURS, HELD_OUT, PLACES, SHAPES, write_scenes
+from data.scenes.rows import heldout_item, lookup_row, text_row, train_pair
 from data.scenes.world import scene_key
 from tests.data.scene_reader import answer_of, parse
 from vlm.errors import UserError
 
-SMALL = {"train": 61, "heldout": 20, "unseen": 13, "text_rows": 40, "seed": 3}
+SMALL = {"train": 61, "heldout": 20, "unseen": 13, "lookups": 30, "text_rows": 40, "seed": 3}
 
 
 def lines(path: Path) -> list[Any]:
@@ -35,7 +36,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_never_shows_or_names_what_is_held_out(written: Path) -> None:
     forbidden = [f"{colour} {shape}" for colour, shape in HELD_OUT]
-    for name in ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl", "text.jsonl"):
+    for name in ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl", "lookups.jsonl", "text.jsonl"):
         text = (written / name).read_text()
         assert text
         assert not any(words in text for words in forbidden), name
@@ -60,7 +61,7 @@ def test_held_out_descriptions_are_never_those_of_training(written: Path) -> Non
 def test_files_hold_what_they_promise(written: Path) -> None:
     summary = json.loads((written / "scenes.json").read_text())
     assert summary["settings"] == {**SMALL, "heldout": 24, "unseen": 18, "questions_per_scene": 6}
-    counts = {"train": 61, "heldout": 24, "unseen": 18}
+    counts = {"train": 61, "heldout": 24, "unseen": 18, "lookups": 30}
     for split, count in counts.items():
         names = sorted(path.name for path in (written / "images" / split).iterdir())
         assert names == [f"{index:06d}.png" for index in range(count)]
@@ -97,17 +98,45 @@ def test_files_hold_what_they_promise(written: Path) -> None:
 
 def test_files_do_not_depend_on_processes_or_on_how_many(written: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    many = {**SMALL, "train": 1100, "text_rows": 0}
+    many = {**SMALL, "train": 1100, "text_rows": 0, "lookups": 600}
     write_scenes(tmp_path / "two", **many, processes=2, progress=lambda *call: calls.append(call))
     write_scenes(tmp_path / "one", **many, processes=1)
     assert files(tmp_path / "two") == files(tmp_path / "one")
-    assert calls[-1] == (1142, 1142)
+    assert calls[-1] == (1742, 1742)
     assert calls == sorted(calls)
     first, second = files(written), files(tmp_path / "one")
     for name in first:
         if name.startswith("images/"):
             assert first[name] == second[name]
     assert second["chat.jsonl"].startswith(first["chat.jsonl"])
+
+
+def test_lookups_are_about_crowded_scenes_and_grow_harder() -> None:
+    colours, shapes = "|".join(COLOURS), "|".join(SHAPES)
+    named = {
+        "place": r"the object in the \w+[?]",
+        "colour": rf"the ({colours}) object[?]",
+        "shape": rf"the ({shapes})[?]",
+        "both": rf"the ({colours}) ({shapes})[?]",
+        "existence": "is there a",
+    }
+    seen: list[set[str]] = []
+    for index in range(120):
+        drawn, row = lookup_row(0, index, 120, 6, "picture.png")
+        scene, turns = drawn.scene, row["messages"]
+        assert len(scene) == 4
+        assert len({thing.colour for thing in scene}) >= 3
+        assert turns[0]["content"][0] == {"type": "image", "image": "picture.png"}
+        turns[0]["content"] = turns[0]["content"][1]["text"]
+        assert all(answer_of(scene, q["content"]) == a["content"] for q, a in zip(turns[::2], turns[1::2], strict=True))
+        keys = [key for q in turns[::2] for key, words in named.items() if re.search(words, q["content"])]
+        assert len(keys) == 6
+        seen.append(set(keys))
+    assert set().union(*seen[:36]) == {"place"}
+    assert set().union(*seen[36:60]) == {"place", "colour"}
+    assert set().union(*seen[60:78]) == {"place", "colour", "shape"}
+    assert set().union(*seen[78:96]) == {"place", "colour", "shape", "both"}
+    assert set().union(*seen[96:]) == set(named)
 
 
 def test_another_seed_draws_other_scenes(written: Path, tmp_path: Path) -> None:

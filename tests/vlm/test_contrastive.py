@@ -71,3 +71,12 @@ def test_the_text_tower_pools_at_the_end_token() -> None:
     torch.testing.assert_close(short, padded)
     with pytest.raises(ValueError, match="eos_token_id 2"):
         make_clip(VISION, {**TEXT, "eos_token_id": 2}, projection_dim=8)
+
+
+def test_places_weigh_as_much_as_pixels_in_a_new_encoder() -> None:
+    """From transformers' own deviation of .02 the patch features never learn where they are."""
+    torch.manual_seed(0)
+    embeddings = make_clip(VISION, TEXT, 8).vision_model.embeddings
+    patches = embeddings.patch_embedding(torch.randn(8, 3, VISION["image_size"], VISION["image_size"]))
+    ratio = embeddings.position_embedding.weight.std() / patches.std()
+    assert ratio > 0.5

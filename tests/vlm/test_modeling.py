@@ -172,6 +172,23 @@ def test_pooling_averages_squares_of_patches_and_counts_its_tokens(pool: int, lo
     assert config.tokens_per_image == config.placeholders_per_image == len(rows)
 
 
+@pytest.mark.parametrize("pool", [2, 3])
+def test_concat_pooling_puts_the_patches_of_a_square_side_by_side(pool: int) -> None:
+    torch.manual_seed(0)
+    projector = MLPProjector(Connector(depth=1, pool=pool, pooling="concat"), 3, 5)
+    features = torch.randn(2, 16, 3)
+    rows = []
+    for top in range(0, 4, pool):
+        for left in range(0, 4, pool):
+            square = torch.zeros(2, 3, pool, pool)  # what lies beyond the edge stays zero
+            for y in range(top, min(4, top + pool)):
+                for x in range(left, min(4, left + pool)):
+                    square[:, :, y - top, x - left] = features[:, 4 * y + x]
+            rows.append(square.flatten(1))
+    expected = torch.stack(rows, 1) @ projector.layers[0].weight.T + projector.layers[0].bias
+    torch.testing.assert_close(projector(features), expected)
+
+
 def test_pooling_patches_with_a_class_token_is_refused() -> None:
     with pytest.raises(ValueError, match="square grid of patches, got 17"):
         MLPProjector(Connector(pool=2), 3, 5)(torch.randn(1, 17, 3))
