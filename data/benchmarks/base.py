@@ -2,6 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,6 @@ def unique(pairs: Sequence[tuple[str, str]], path: Path) -> dict[str, str]:
     """Pairs of id and answer as a mapping; UserError when an id comes twice."""
     answers = dict(pairs)
     if len(answers) < len(pairs):
-        seen: set[str] = set()
-        twice = [i for i, _ in pairs if i in seen or seen.add(i)]  # type: ignore[func-returns-value]
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         raise UserError(f"{path}: {len(twice)} ids come twice, the first is {twice[0]}")
     return answers

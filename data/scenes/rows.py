@@ -23,7 +23,7 @@ _REPEATED: Final = 0.25
 _DESCRIBED: Final = 0.5
 # What singles an object out in the rows of lookups.jsonl from each share of them on. Attention learns to find things
 # one way at a time, and only where guessing fails: in crowded scenes, of several colours. Mixed with all the other
-# questions from the start, the same lookups stay guesses many times longer.
+# questions from the start, the same lookups stay guesses for much longer.
 _KEYS: Final = (("place",), ("colour",), ("shape",), ("colour", "shape"))
 _LESSONS: Final = ((0.0, _KEYS[:1]), (0.3, _KEYS[:2]), (0.5, _KEYS[:3]), (0.65, _KEYS))
 # From this share on, half of the questions are whether something is there at all.
@@ -95,8 +95,10 @@ def lookup_row(seed: int, index: int, count: int, questions: int, image: str) ->
     look = draw_look(rng)
     asked = [ask_plainly(rng, scene, keys) for _ in range(questions)]
     if index >= _EXISTENCE_FROM * count:
-        there = [ask(rng, scene, "existence") for _ in asked[::2]]
-        asked[::2] = [question for question in there if question is not None]
+        for number in range(0, questions, 2):
+            question = ask(rng, scene, "existence")
+            assert question is not None, "what a scene shows can always be asked for"
+            asked[number] = question
     return Drawn(scene, look), _conversation(asked, image)
 
 
