@@ -1,8 +1,9 @@
-"""LoRA through peft, on exactly the linear layers of the language model that the recipe names."""
+"""What happens to the linear layers of the language model that a recipe names: LoRA through peft, or a fresh start."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -12,15 +13,29 @@ from vlm.errors import UserError
 from vlm.modeling import VisionLanguageModel, decoder_layers
 
 
-def target_modules(model: VisionLanguageModel, targets: tuple[str, ...]) -> list[str]:
-    """Full names of the linear layers in the LM's decoder layers: all, or those whose last name is in `targets`."""
+def target_modules(model: VisionLanguageModel, targets: tuple[str, ...], setting: str = "lora.targets") -> list[str]:
+    """Full names of the linear layers in the LM's decoder layers: all, or those whose last name is in `targets`.
+
+    UserError, which names the `setting`, when no layer has one of these names.
+    """
     layers = {id(module) for module in decoder_layers(model.language_model).modules()}
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in layers]
     known = {name.rsplit(".", 1)[-1] for name in linear}
     if unknown := sorted(set(targets) - known):
         there = ", ".join(sorted(known))
-        raise UserError(f"lora.targets: the language model has no {', '.join(unknown)}; there are {there}")
+        raise UserError(f"{setting}: the language model has no {', '.join(unknown)}; there are {there}")
     return [name for name in linear if not targets or name.rsplit(".", 1)[-1] in targets]
+
+
+@torch.no_grad()
+def draw_anew(model: VisionLanguageModel, targets: tuple[str, ...]) -> None:
+    """New random weights for these layers, from the deviation that the LM's own configuration names."""
+    text_config: Any = model.config.text_config
+    for name in target_modules(model, targets, "reset"):
+        layer: Any = model.get_submodule(name)
+        nn.init.normal_(layer.weight, std=text_config.initializer_range)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def add_lora(model: VisionLanguageModel, lora: Lora) -> PeftModel:

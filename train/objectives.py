@@ -15,7 +15,7 @@ from data.collate import Batch, collate_chat, collate_text
 from data.encode import IGNORED, Example, encode_record
 from data.loader import ImageCache
 from data.records import Record
-from train.adapters import add_lora, merged, save_adapter
+from train.adapters import add_lora, draw_anew, merged, save_adapter
 from train.build import build_clip, build_language_model, build_model, find_tokenizer, processor_of
 from train.recipe import Recipe, Stage
 from train.runs import Run
@@ -148,6 +148,8 @@ class Chat(Objective):
         self.adapter_folder = run.adapter
         self.stage, self.read = stage, read
         self.context = recipe.context or self.vlm.config.text_config.max_position_embeddings
+        if stage.reset:
+            draw_anew(self.vlm, stage.reset)
         self.adapter: PeftModel | None = add_lora(self.vlm, stage.lora) if stage.lora else None
         self.model = self.vlm  # adapters sit inside it: its forward is theirs
 

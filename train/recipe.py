@@ -76,7 +76,8 @@ class Stage:
     """One stretch of training. Parts without a learning rate are frozen.
 
     batch_size: rows per optimizer step, over all ranks; micro_batch_size: rows per forward on a rank; warmup: share
-    of the steps; group: rows that stay neighbours when shuffled; train_on: which tokens the loss counts.
+    of the steps; group: rows that stay neighbours when shuffled; train_on: which tokens the loss counts; reset: linear
+    layers of the LM, by the last part of their name, that begin the stage with new random weights.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Stage:
     batch_size: int = 16
     micro_batch_size: int | None = None
     lora: Lora | None = None
+    reset: tuple[str, ...] = ()
     weight_decay: float = 0.0
     warmup: float = 0.04
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -117,6 +119,8 @@ class Stage:
             raise ValueError(f"stage {self.name!r} learns nothing: every learning rate is 0")
         if (self.lora is not None) != bool(self.learning_rates.get("lora")):
             raise ValueError("lora settings and a learning rate for lora go together")
+        if self.reset and not (self.objective == "chat" and self.learning_rates.get("language_model")):
+            raise ValueError("reset is for chat stages that give language_model a learning rate: nothing else relearns")
         micro = self.micro_batch_size or self.batch_size
         if self.batch_size % micro:
             raise ValueError(f"micro_batch_size {micro} doesn't divide batch_size {self.batch_size}")

@@ -24,10 +24,8 @@ _DESCRIBED: Final = 0.5
 # What singles an object out in the rows of lookups.jsonl from each share of them on. Attention learns to find things
 # one way at a time, and only where guessing fails: in crowded scenes, of several colours. Mixed with all the other
 # questions from the start, the same lookups stay guesses for much longer.
-_KEYS: Final = (("place",), ("colour",), ("shape",), ("colour", "shape"))
-_LESSONS: Final = ((0.0, _KEYS[:1]), (0.3, _KEYS[:2]), (0.5, _KEYS[:3]), (0.65, _KEYS))
-# From this share on, half of the questions are whether something is there at all.
-_EXISTENCE_FROM: Final = 0.8
+_KEYS: Final = (("place",), ("colour",), ("shape",))
+_LESSONS: Final = ((0.0, _KEYS[:1]), (0.5, _KEYS[:2]), (0.8, _KEYS))
 _CROWD_COLOURS: Final = 3
 
 
@@ -94,11 +92,6 @@ def lookup_row(seed: int, index: int, count: int, questions: int, image: str) ->
             break
     look = draw_look(rng)
     asked = [ask_plainly(rng, scene, keys) for _ in range(questions)]
-    if index >= _EXISTENCE_FROM * count:
-        for number in range(0, questions, 2):
-            question = ask(rng, scene, "existence")
-            assert question is not None, "what a scene shows can always be asked for"
-            asked[number] = question
     return Drawn(scene, look), _conversation(asked, image)
 
 

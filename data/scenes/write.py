@@ -25,7 +25,7 @@ from data.scenes.rows import (
 from data.scenes.world import HELD_OUT
 from vlm.errors import UserError
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 MOST_QUESTIONS: Final = 12
 
 _SETTINGS_FILE: Final = "scenes.json"
@@ -57,7 +57,7 @@ def write_scenes(
     train: int = 20_000,
     heldout: int = 1_000,
     unseen: int = 500,
-    lookups: int = 6_400,
+    lookups: int = 4_000,
     text_rows: int = 16_000,
     seed: int = 0,
     questions_per_scene: int = 6,

@@ -9,15 +9,14 @@ import argparse
 import json
 import random
 import re
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from support import ROOT, conversation, metrics, vlm, write_jsonl
+
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 QUESTIONS_PER_ROW = 4
@@ -38,7 +37,7 @@ def prepare(data: Path, out: Path, seed: int) -> None:
     if not (out / "images").exists():
         (out / "images").symlink_to((data / "train" / "images").resolve())
     captions = {image: caption for image in training if (caption := caption_of(questions[image]))}
-    write(out / "captions.jsonl", ({"image": f"{i}.png", "caption": caption} for i, caption in captions.items()))
+    write_jsonl(out / "captions.jsonl", ({"image": f"{i}.png", "caption": caption} for i, caption in captions.items()))
     rows, texts = [], []
     for _ in range(PASSES):
         for image in training:
@@ -49,14 +48,14 @@ def prepare(data: Path, out: Path, seed: int) -> None:
                 if image in captions:
                     texts.append(conversation(some, {"type": "text", "text": f"{captions[image]}. "}))
     rng.shuffle(rows)
-    write(out / "chat.jsonl", rows)
-    write(out / "text.jsonl", texts)
+    write_jsonl(out / "chat.jsonl", rows)
+    write_jsonl(out / "text.jsonl", texts)
     asked = [
         {"id": f"{image}-{number}", "image": f"{image}.png", "question": q, "answer": a, "kind": kind_of(a)}
         for image in heldout
         for number, (q, a) in enumerate(questions[image])
     ]
-    write(out / "heldout.jsonl", asked)
+    write_jsonl(out / "heldout.jsonl", asked)
 
 
 def caption_of(questions: Iterable[Question]) -> str | None:
@@ -82,23 +81,6 @@ def kind_of(answer: str) -> str:
     return "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes/no"
 
 
-def conversation(questions: list[Question], first: dict[str, str]) -> dict[str, Any]:
-    messages: list[dict[str, Any]] = []
-    for question, answer in questions:
-        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-        messages.append({"role": "assistant", "content": answer})
-    messages[0]["content"].insert(0, first)
-    return {"messages": messages}
-
-
-def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def vlm(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-P", "-m", "vlm.cli", *arguments], check=True)
-
-
 def run_one(recipe: str, tower: str, data: Path, out: Path, overrides: list[str]) -> dict[str, Any]:
     """Trains one recipe and answers the held-out questions with the right and with another picture."""
     folder = out / f"{recipe}-{tower}"
@@ -112,8 +94,7 @@ def run_one(recipe: str, tower: str, data: Path, out: Path, overrides: list[str]
         target = folder / f"eval-{control}"
         asked = ["--task", "exact", "--data", str(data / "heldout.jsonl"), "--control", control, "--out", str(target)]
         vlm("eval", str(folder / "model"), *asked)
-        metrics = json.loads((target / "scores.json").read_text(encoding="utf-8"))["metrics"]
-        figures |= {f"{control}/{name.removeprefix('accuracy/')}": round(value, 4) for name, value in metrics.items()}
+        figures |= {f"{control}/{name}": value for name, value in metrics(target).items()}
     (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return figures
 

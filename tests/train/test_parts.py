@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.train.recipes import chat_recipe, write_recipe
-from train.adapters import add_lora, target_modules
+from train.adapters import add_lora, draw_anew, target_modules
 from train.loop import run_training
 from train.parts import assert_only_these_learn, make_optimizer, manifest, split_into_parts
 from train.recipe import Lora, Stage, load_recipe
@@ -67,6 +67,38 @@ def test_lora_reaches_exactly_the_named_layers_of_the_language_model(tiny_models
     touched = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
     assert touched == {name for name in expected if name.endswith(("q_proj", "v_proj"))}
     assert all(isinstance(names[name], nn.Linear) for name in expected)
+
+
+def test_reset_draws_exactly_the_named_layers_anew(tiny_models: Any) -> None:
+    model, _ = load(tiny_models("deep", "perceiver"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(0)
+    draw_anew(model, ("q_proj", "k_proj"))
+    after = model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    layers = [f"language_model.model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qk"]
+    assert changed == {f"{layer}.weight" for layer in layers}
+    drawn = torch.cat([after[name].flatten() for name in sorted(changed)])
+    assert drawn.std().item() == pytest.approx(model.config.text_config.initializer_range, rel=0.05)
+    with pytest.raises(UserError, match="reset: the language model has no w_proj"):
+        draw_anew(model, ("w_proj",))
+
+
+def test_a_stage_begins_with_the_reset_layers_new(scenes: Path, tmp_path: Path) -> None:
+    rates = {"connector": 1e-9, "language_model": 1e-9}
+    first = {
+        "name": "align",
+        "objective": "chat",
+        "data": [{"path": "captions_chat.jsonl"}],
+        "steps": 1,
+        "learning_rates": rates,
+    }
+    stages = [first, {**first, "name": "chat", "reset": ["q_proj"]}]
+    path = write_recipe(tmp_path / "r.yaml", {**chat_recipe(scenes), "stages": stages})
+    run = run_training(load_recipe(path), tmp_path / "run")
+    one, two = (dict(load(run.stage(name))[0].language_model.named_parameters()) for name in ("align", "chat"))
+    moved = {name for name, value in one.items() if (value - two[name]).abs().max() > 1e-4}
+    assert moved == {name for name in one if "q_proj" in name}
 
 
 @pytest.mark.parametrize("fusion", ["early", "deep"])

@@ -33,6 +33,7 @@ def test_a_typo_is_answered_with_its_path_and_the_nearest_name(scenes: Path, tmp
         ("stages.chat.steps=many", "stages.0.steps"),
         ("stages.tune.steps=3", "no entry 'tune'"),
         ("stages.chat.learning_rates.lora=1e-3", "lora settings and a learning rate for lora go together"),
+        ("stages.chat.reset=[q_proj] stages.chat.learning_rates.language_model=0", "reset is for chat stages"),
         ("stages.chat.micro_batch_size=3", "doesn't divide"),
         ("model.vision.stage=clip", "no stage 'clip'"),
         ("model.connector.depth=0", "at least 1"),
@@ -45,7 +46,7 @@ def test_what_can_not_work_is_refused_with_its_place(scenes: Path, tmp_path: Pat
     del settings["model"]["vision"]["config"]
     settings["model"]["vision"]["pretrained"] = "somewhere"
     with pytest.raises(UserError, match=message):
-        load_recipe(write_recipe(tmp_path / "r.yaml", settings), [override])
+        load_recipe(write_recipe(tmp_path / "r.yaml", settings), override.split())
 
 
 def test_a_stored_recipe_reads_back_equal(scenes: Path, tmp_path: Path) -> None:
