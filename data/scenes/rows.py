@@ -21,11 +21,16 @@ LOOK_UPS: Final = 2
 # small model learns first, and what it then builds looking things up on: without it, answers stay guesses longer.
 _REPEATED: Final = 0.25
 _DESCRIBED: Final = 0.5
-# What singles an object out in the rows of lookups.jsonl from each share of them on. Attention learns to find things
-# one way at a time, and only where guessing fails: in crowded scenes, of several colours. Mixed with all the other
-# questions from the start, the same lookups stay guesses for much longer.
-_KEYS: Final = (("place",), ("colour",), ("shape",))
-_LESSONS: Final = ((0.0, _KEYS[:1]), (0.5, _KEYS[:2]), (0.8, _KEYS))
+# The lessons of lookups.jsonl: from which share of the rows on, what is asked for, and what may single the object out.
+# Attention learns to find things one way at a time, starting with the plainest question there is, and only where
+# guessing fails: in crowded scenes, of several colours. What is left unlearned here stays a guess for much longer.
+_ASKED: Final = ("colour", "shape", "place")
+_LESSONS: Final = (
+    (0.0, ("colour",), (("place",),)),
+    (0.375, _ASKED, (("place",),)),
+    (0.5625, _ASKED, (("place",), ("colour",))),
+    (0.8125, _ASKED, (("place",), ("colour",), ("shape",))),
+)
 _CROWD_COLOURS: Final = 3
 
 
@@ -85,13 +90,13 @@ def _conversation(questions: Sequence[Question], image: str) -> Row:
 def lookup_row(seed: int, index: int, count: int, questions: int, image: str) -> tuple[Drawn, Row]:
     """Row `index` of the `count` in lookups.jsonl, which grow harder: plain questions about four objects."""
     rng = _rng(seed, Stream.LOOKUPS, index)
-    keys = next(keys for share, keys in reversed(_LESSONS) if index >= share * count)
+    wanted, keys = next((wanted, keys) for share, wanted, keys in reversed(_LESSONS) if index >= share * count)
     while True:
         scene = draw_scene(rng)
         if len(scene) == len(PLACES) and len({thing.colour for thing in scene}) >= _CROWD_COLOURS:
             break
     look = draw_look(rng)
-    asked = [ask_plainly(rng, scene, keys) for _ in range(questions)]
+    asked = [ask_plainly(rng, scene, wanted, keys) for _ in range(questions)]
     return Drawn(scene, look), _conversation(asked, image)
 
 

@@ -119,6 +119,7 @@ def test_lookups_are_about_crowded_scenes_and_grow_harder() -> None:
         "shape": rf"the ({shapes})[?]",
     }
     seen: list[set[str]] = []
+    asked: list[set[str]] = []
     for index in range(120):
         drawn, row = lookup_row(0, index, 120, 6, "picture.png")
         scene, turns = drawn.scene, row["messages"]
@@ -130,9 +131,13 @@ def test_lookups_are_about_crowded_scenes_and_grow_harder() -> None:
         keys = [key for q in turns[::2] for key, words in named.items() if re.search(words, q["content"])]
         assert len(keys) == 6
         seen.append(set(keys))
-    assert set().union(*seen[:60]) == {"place"}
-    assert set().union(*seen[60:96]) == {"place", "colour"}
-    assert set().union(*seen[96:]) == set(named)
+        asked.append({" ".join(q["content"].split()[:2]) for q in turns[::2]})
+    assert set().union(*seen[:67]) == {"place"}
+    assert set().union(*seen[68:97]) == {"place", "colour"}
+    assert set().union(*seen[98:]) == set(named)
+    assert asked[:45] == [{"what color"}] * 45
+    assert set().union(*asked[45:67]) == {"what color", "what shape"}
+    assert set().union(*asked[68:]) == {"what color", "what shape", "where is"}
 
 
 def test_another_seed_draws_other_scenes(written: Path, tmp_path: Path) -> None:
