@@ -27,9 +27,9 @@ _DESCRIBED: Final = 0.5
 _ASKED: Final = ("colour", "shape", "place")
 _LESSONS: Final = (
     (0.0, ("colour",), (("place",),)),
-    (0.375, _ASKED, (("place",),)),
-    (0.5625, _ASKED, (("place",), ("colour",))),
-    (0.8125, _ASKED, (("place",), ("colour",), ("shape",))),
+    (0.45, _ASKED, (("place",),)),
+    (0.6, _ASKED, (("place",), ("colour",))),
+    (0.85, _ASKED, (("place",), ("colour",), ("shape",))),
 )
 _CROWD_COLOURS: Final = 3
 

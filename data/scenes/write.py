@@ -57,7 +57,7 @@ def write_scenes(
     train: int = 20_000,
     heldout: int = 1_000,
     unseen: int = 500,
-    lookups: int = 6_400,
+    lookups: int = 7_200,
     text_rows: int = 16_000,
     seed: int = 0,
     questions_per_scene: int = 6,

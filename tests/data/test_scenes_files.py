@@ -132,12 +132,12 @@ def test_lookups_are_about_crowded_scenes_and_grow_harder() -> None:
         assert len(keys) == 6
         seen.append(set(keys))
         asked.append({" ".join(q["content"].split()[:2]) for q in turns[::2]})
-    assert set().union(*seen[:67]) == {"place"}
-    assert set().union(*seen[68:97]) == {"place", "colour"}
-    assert set().union(*seen[98:]) == set(named)
-    assert asked[:45] == [{"what color"}] * 45
-    assert set().union(*asked[45:67]) == {"what color", "what shape"}
-    assert set().union(*asked[68:]) == {"what color", "what shape", "where is"}
+    assert set().union(*seen[:72]) == {"place"}
+    assert set().union(*seen[72:102]) == {"place", "colour"}
+    assert set().union(*seen[102:]) == set(named)
+    assert asked[:54] == [{"what color"}] * 54
+    assert set().union(*asked[54:72]) == {"what color", "what shape"}
+    assert set().union(*asked[72:]) == {"what color", "what shape", "where is"}
 
 
 def test_another_seed_draws_other_scenes(written: Path, tmp_path: Path) -> None:
