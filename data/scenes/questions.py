@@ -221,15 +221,18 @@ def ask(
     return Question(kind, pick(rng, pick(rng, found[answer])), answer)
 
 
-def ask_plainly(
-    rng: np.random.Generator, scene: Scene, wanted: Sequence[str], keys: Sequence[tuple[str, ...]]
-) -> Question:
-    """One of the `wanted` (colour, shape, place) of an object that other fields, one of `keys`, single out."""
+def ask_colour_at(thing: Thing) -> Question:
+    """The colour of the object that is at its place."""
+    return Question("colour", f"what color is the {refer(thing, ('place',))}?", thing.colour)
+
+
+def ask_plainly(rng: np.random.Generator, scene: Scene, keys: Sequence[tuple[str, ...]]) -> Question:
+    """The colour, shape or place of an object that other fields, one of `keys`, single out."""
     wordings = {"colour": "what color is", "shape": "what shape is", "place": "where is"}
     named = {key: [thing for thing in scene if _is_unique(scene, thing, key)] for key in keys}
     key = pick(rng, [key for key in keys if named[key]])
     thing = pick(rng, named[key])
-    asked = pick(rng, [field for field in wanted if field not in key])
+    asked = pick(rng, [field for field in wordings if field not in key])
     return Question(asked, f"{wordings[asked]} the {refer(thing, key)}?", getattr(thing, asked))
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.scenes.draw import Look, draw_look, render
 from data.scenes.language import DESCRIBE, REPEAT, captions, description, look_up
-from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_many, ask_plainly
+from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_colour_at, ask_many, ask_plainly
 from data.scenes.world import HELD_OUT, PLACES, Scene, Thing, draw_scene, draw_twin, shuffled
 
 Row = dict[str, Any]
@@ -21,16 +21,12 @@ LOOK_UPS: Final = 2
 # small model learns first, and what it then builds looking things up on: without it, answers stay guesses longer.
 _REPEATED: Final = 0.25
 _DESCRIBED: Final = 0.5
-# The lessons of lookups.jsonl: from which share of the rows on, what is asked for, and what may single the object out.
-# Attention learns to find things one way at a time, starting with the plainest question there is, and only where
-# guessing fails: in crowded scenes, of several colours. What is left unlearned here stays a guess for much longer.
-_ASKED: Final = ("colour", "shape", "place")
-_LESSONS: Final = (
-    (0.0, ("colour",), (("place",),)),
-    (0.45, _ASKED, (("place",),)),
-    (0.6, _ASKED, (("place",), ("colour",))),
-    (0.85, _ASKED, (("place",), ("colour",), ("shape",))),
-)
+# The lessons of lookups.jsonl: from which share of the rows on, what may single an object out. Attention learns to find
+# things one way at a time, and only where guessing fails: in crowded scenes, of several colours. What is left unlearned
+# here stays a guess for much longer. Before them comes places.jsonl, the plainest question there is, alone in its row
+# (so what is looked for is always as far away), for each place of a picture in turn.
+_KEYS: Final = (("place",), ("colour",), ("shape",))
+_LESSONS: Final = ((0.0, _KEYS[:1]), (0.3, _KEYS[:2]), (0.7, _KEYS))
 _CROWD_COLOURS: Final = 3
 
 
@@ -87,17 +83,17 @@ def _conversation(questions: Sequence[Question], image: str) -> Row:
     return {"messages": turns}
 
 
-def lookup_row(seed: int, index: int, count: int, questions: int, image: str) -> tuple[Drawn, Row]:
-    """Row `index` of the `count` in lookups.jsonl, which grow harder: plain questions about four objects."""
+def lookup_rows(seed: int, index: int, count: int, questions: int, image: str) -> tuple[Drawn, list[Row], Row]:
+    """Picture `index` of `count`, which shows four objects: its rows in places.jsonl and its row in lookups.jsonl."""
     rng = _rng(seed, Stream.LOOKUPS, index)
-    wanted, keys = next((wanted, keys) for share, wanted, keys in reversed(_LESSONS) if index >= share * count)
+    keys = next(keys for share, keys in reversed(_LESSONS) if index >= share * count)
     while True:
         scene = draw_scene(rng)
         if len(scene) == len(PLACES) and len({thing.colour for thing in scene}) >= _CROWD_COLOURS:
             break
     look = draw_look(rng)
-    asked = [ask_plainly(rng, scene, wanted, keys) for _ in range(questions)]
-    return Drawn(scene, look), _conversation(asked, image)
+    places = [_conversation([ask_colour_at(thing)], image) for thing in scene]
+    return Drawn(scene, look), places, _conversation([ask_plainly(rng, scene, keys) for _ in range(questions)], image)
 
 
 def text_row(seed: int, index: int) -> Row:

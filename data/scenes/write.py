@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 from data.scenes.questions import KINDS, Question
 from data.scenes.rows import (
     Drawn,
+    Row,
     heldout_item,
-    lookup_row,
+    lookup_rows,
     save_picture,
     text_row,
     train_pair,
@@ -31,7 +32,7 @@ MOST_QUESTIONS: Final = 12
 _SETTINGS_FILE: Final = "scenes.json"
 _FILES: Final = {
     "train": ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl"),
-    "lookups": ("lookups.jsonl",),
+    "lookups": ("places.jsonl", "lookups.jsonl"),
     "text": ("text.jsonl",),
     "heldout": ("heldout.jsonl",),
     "unseen": ("unseen.jsonl",),
@@ -57,7 +58,7 @@ def write_scenes(
     train: int = 20_000,
     heldout: int = 1_000,
     unseen: int = 500,
-    lookups: int = 7_200,
+    lookups: int = 4_000,
     text_rows: int = 16_000,
     seed: int = 0,
     questions_per_scene: int = 6,
@@ -203,42 +204,43 @@ def _results(stack: ExitStack, jobs: list[_Job], processes: int) -> Iterator[lis
 def _run(job: _Job) -> list[str]:
     """Draws the pictures of a job and returns the lines for each of its files."""
     lines: list[list[str]] = [[] for _ in _FILES[job.split]]
-    for rows in _RUN[job.split](job):
-        for kept, row in zip(lines, rows, strict=True):
-            kept.append(json.dumps(row) + "\n")
+    for files in _RUN[job.split](job):
+        for kept, rows in zip(lines, files, strict=True):
+            kept.extend(json.dumps(row) + "\n" for row in rows)
     return ["".join(kept) for kept in lines]
 
 
-def _train(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
+def _train(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
     seed = job.settings["seed"]
     for pair in range(job.start // 2, (job.stop + 1) // 2):
         for index, drawn in enumerate(train_pair(seed, pair), start=2 * pair):
             if index < job.stop:
                 image = _save(job, index, drawn)
-                yield train_rows(seed, index, drawn.scene, image, job.settings["questions_per_scene"])
+                rows = train_rows(seed, index, drawn.scene, image, job.settings["questions_per_scene"])
+                yield tuple((row,) for row in rows)
 
 
-def _lookups(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
+def _lookups(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
     count, questions = job.settings["lookups"], job.settings["questions_per_scene"]
     for index in range(job.start, job.stop):
-        drawn, row = lookup_row(job.settings["seed"], index, count, questions, _image(job, index))
+        drawn, places, row = lookup_rows(job.settings["seed"], index, count, questions, _image(job, index))
         _save(job, index, drawn)
-        yield (row,)
+        yield places, (row,)
 
 
-def _text(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
+def _text(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
     for index in range(job.start, job.stop):
-        yield (text_row(job.settings["seed"], index),)
+        yield ((text_row(job.settings["seed"], index),),)
 
 
-def _heldout(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
+def _heldout(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
     for index in range(job.start, job.stop):
-        yield (_asked(job, index, *heldout_item(job.settings["seed"], index)),)
+        yield ((_asked(job, index, *heldout_item(job.settings["seed"], index)),),)
 
 
-def _unseen(job: _Job) -> Iterator[tuple[dict[str, Any], ...]]:
+def _unseen(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
     for index in range(job.start, job.stop):
-        yield (_asked(job, index, *unseen_item(job.settings["seed"], index)),)
+        yield ((_asked(job, index, *unseen_item(job.settings["seed"], index)),),)
 
 
 _RUN: Final = {"train": _train, "lookups": _lookups, "text": _text, "heldout": _heldout, "unseen": _unseen}

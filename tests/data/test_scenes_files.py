@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data.scenes import COLOURS, HELD_OUT, PLACES, SHAPES, write_scenes
-from data.scenes.rows import heldout_item, lookup_row, text_row, train_pair
+from data.scenes.rows import heldout_item, lookup_rows, text_row, train_pair
 from data.scenes.world import scene_key
 from tests.data.scene_reader import answer_of, parse
 from vlm.errors import UserError
@@ -36,7 +36,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_never_shows_or_names_what_is_held_out(written: Path) -> None:
     forbidden = [f"{colour} {shape}" for colour, shape in HELD_OUT]
-    for name in ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl", "lookups.jsonl", "text.jsonl"):
+    for name in ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl", "places.jsonl", "lookups.jsonl", "text.jsonl"):
         text = (written / name).read_text()
         assert text
         assert not any(words in text for words in forbidden), name
@@ -119,9 +119,8 @@ def test_lookups_are_about_crowded_scenes_and_grow_harder() -> None:
         "shape": rf"the ({shapes})[?]",
     }
     seen: list[set[str]] = []
-    asked: list[set[str]] = []
     for index in range(120):
-        drawn, row = lookup_row(0, index, 120, 6, "picture.png")
+        drawn, places, row = lookup_rows(0, index, 120, 6, "picture.png")
         scene, turns = drawn.scene, row["messages"]
         assert len(scene) == 4
         assert len({thing.colour for thing in scene}) >= 3
@@ -131,13 +130,12 @@ def test_lookups_are_about_crowded_scenes_and_grow_harder() -> None:
         keys = [key for q in turns[::2] for key, words in named.items() if re.search(words, q["content"])]
         assert len(keys) == 6
         seen.append(set(keys))
-        asked.append({" ".join(q["content"].split()[:2]) for q in turns[::2]})
-    assert set().union(*seen[:72]) == {"place"}
-    assert set().union(*seen[72:102]) == {"place", "colour"}
-    assert set().union(*seen[102:]) == set(named)
-    assert asked[:54] == [{"what color"}] * 54
-    assert set().union(*asked[54:72]) == {"what color", "what shape"}
-    assert set().union(*asked[72:]) == {"what color", "what shape", "where is"}
+        assert [one["messages"][0]["content"][0] for one in places] == [{"type": "image", "image": "picture.png"}] * 4
+        asked = [(q["content"][1]["text"], a["content"]) for q, a in (one["messages"] for one in places)]
+        assert asked == [(f"what color is the object in the {t.place}?", t.colour) for t in scene]
+    assert set().union(*seen[:36]) == {"place"}
+    assert set().union(*seen[36:84]) == {"place", "colour"}
+    assert set().union(*seen[84:]) == set(named)
 
 
 def test_another_seed_draws_other_scenes(written: Path, tmp_path: Path) -> None:
