@@ -221,19 +221,20 @@ def ask(
     return Question(kind, pick(rng, pick(rng, found[answer])), answer)
 
 
-def ask_colour_at(thing: Thing) -> Question:
-    """The colour of the object that is at its place."""
-    return Question("colour", f"what color is the {refer(thing, ('place',))}?", thing.colour)
-
-
-def ask_plainly(rng: np.random.Generator, scene: Scene, keys: Sequence[tuple[str, ...]]) -> Question:
-    """The colour, shape or place of an object that other fields, one of `keys`, single out."""
+def ask_plainly(
+    rng: np.random.Generator, scene: Scene, asked: Sequence[str], keys: Sequence[tuple[str, ...]], count: int
+) -> list[Question]:
+    """`count` questions for one of `asked` (colour, shape, place) of an object that other fields, one of `keys`, single
+    out; each object that can be named in turn, so that its picture alone doesn't answer them."""
     wordings = {"colour": "what color is", "shape": "what shape is", "place": "where is"}
-    named = {key: [thing for thing in scene if _is_unique(scene, thing, key)] for key in keys}
-    key = pick(rng, [key for key in keys if named[key]])
-    thing = pick(rng, named[key])
-    asked = pick(rng, [field for field in wordings if field not in key])
-    return Question(asked, f"{wordings[asked]} the {refer(thing, key)}?", getattr(thing, asked))
+    named = [(thing, key) for key in keys for thing in scene if _is_unique(scene, thing, key)]
+    questions: list[Question] = []
+    while len(questions) < count:
+        for thing, key in shuffled(rng, named)[: count - len(questions)]:
+            field = pick(rng, [field for field in asked if field not in key])
+            text = f"{wordings[field]} the {refer(thing, key)}?"
+            questions.append(Question(field, text, getattr(thing, field)))
+    return questions
 
 
 def ask_many(rng: np.random.Generator, scene: Scene, count: int) -> list[Question]:

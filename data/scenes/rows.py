@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.scenes.draw import Look, draw_look, render
 from data.scenes.language import DESCRIBE, REPEAT, captions, description, look_up
-from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_colour_at, ask_many, ask_plainly
+from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_many, ask_plainly
 from data.scenes.world import HELD_OUT, PLACES, Scene, Thing, draw_scene, draw_twin, shuffled
 
 Row = dict[str, Any]
@@ -21,12 +21,18 @@ LOOK_UPS: Final = 2
 # small model learns first, and what it then builds looking things up on: without it, answers stay guesses longer.
 _REPEATED: Final = 0.25
 _DESCRIBED: Final = 0.5
-# The lessons of lookups.jsonl: from which share of the rows on, what may single an object out. Attention learns to find
-# things one way at a time, and only where guessing fails: in crowded scenes, of several colours. What is left unlearned
-# here stays a guess for much longer. Before them comes places.jsonl, the plainest question there is, alone in its row
-# (so what is looked for is always as far away), for each place of a picture in turn.
-_KEYS: Final = (("place",), ("colour",), ("shape",))
-_LESSONS: Final = ((0.0, _KEYS[:1]), (0.3, _KEYS[:2]), (0.7, _KEYS))
+# The lessons of lookups.jsonl: from which share of the pictures on, what is asked for, and what may single objects out.
+# Attention learns to find things one way at a time, starting with the plainest question there is, and only where
+# guessing fails: in crowded scenes, of several colours. A question is alone in its row, so what is looked for is always
+# as far away. What is left unlearned here stays a guess for much longer.
+_ALL: Final = ("colour", "shape", "place")
+_LESSONS: Final = (
+    (0.0, ("colour",), (("place",),)),
+    (0.3, ("colour", "shape"), (("place",),)),
+    (0.45, _ALL, (("colour",),)),
+    (0.7, _ALL, (("shape",), ("colour",))),
+    (0.85, _ALL, (("place",), ("colour",), ("shape",))),
+)
 _CROWD_COLOURS: Final = 3
 
 
@@ -83,17 +89,17 @@ def _conversation(questions: Sequence[Question], image: str) -> Row:
     return {"messages": turns}
 
 
-def lookup_rows(seed: int, index: int, count: int, questions: int, image: str) -> tuple[Drawn, list[Row], Row]:
-    """Picture `index` of `count`, which shows four objects: its rows in places.jsonl and its row in lookups.jsonl."""
+def lookup_rows(seed: int, index: int, count: int, questions: int, image: str) -> tuple[Drawn, list[Row]]:
+    """Picture `index` of `count`, which shows four objects, and its rows in lookups.jsonl: one plain question each."""
     rng = _rng(seed, Stream.LOOKUPS, index)
-    keys = next(keys for share, keys in reversed(_LESSONS) if index >= share * count)
+    asked, keys = next((asked, keys) for share, asked, keys in reversed(_LESSONS) if index >= share * count)
     while True:
         scene = draw_scene(rng)
         if len(scene) == len(PLACES) and len({thing.colour for thing in scene}) >= _CROWD_COLOURS:
             break
     look = draw_look(rng)
-    places = [_conversation([ask_colour_at(thing)], image) for thing in scene]
-    return Drawn(scene, look), places, _conversation([ask_plainly(rng, scene, keys) for _ in range(questions)], image)
+    plain = ask_plainly(rng, scene, asked, keys, questions)
+    return Drawn(scene, look), [_conversation([question], image) for question in plain]
 
 
 def text_row(seed: int, index: int) -> Row:

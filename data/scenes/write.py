@@ -28,11 +28,12 @@ from vlm.errors import UserError
 
 FORMAT_VERSION: Final = 3
 MOST_QUESTIONS: Final = 12
+_LOOKUPS_PER_SCENE: Final = 4
 
 _SETTINGS_FILE: Final = "scenes.json"
 _FILES: Final = {
     "train": ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl"),
-    "lookups": ("places.jsonl", "lookups.jsonl"),
+    "lookups": ("lookups.jsonl",),
     "text": ("text.jsonl",),
     "heldout": ("heldout.jsonl",),
     "unseen": ("unseen.jsonl",),
@@ -58,7 +59,7 @@ def write_scenes(
     train: int = 20_000,
     heldout: int = 1_000,
     unseen: int = 500,
-    lookups: int = 4_000,
+    lookups: int = 5_000,
     text_rows: int = 16_000,
     seed: int = 0,
     questions_per_scene: int = 6,
@@ -221,11 +222,11 @@ def _train(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
 
 
 def _lookups(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
-    count, questions = job.settings["lookups"], job.settings["questions_per_scene"]
+    seed, count = job.settings["seed"], job.settings["lookups"]
     for index in range(job.start, job.stop):
-        drawn, places, row = lookup_rows(job.settings["seed"], index, count, questions, _image(job, index))
+        drawn, rows = lookup_rows(seed, index, count, _LOOKUPS_PER_SCENE, _image(job, index))
         _save(job, index, drawn)
-        yield places, (row,)
+        yield (rows,)
 
 
 def _text(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:

@@ -36,7 +36,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_never_shows_or_names_what_is_held_out(written: Path) -> None:
     forbidden = [f"{colour} {shape}" for colour, shape in HELD_OUT]
-    for name in ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl", "places.jsonl", "lookups.jsonl", "text.jsonl"):
+    for name in ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl", "lookups.jsonl", "text.jsonl"):
         text = (written / name).read_text()
         assert text
         assert not any(words in text for words in forbidden), name
@@ -119,23 +119,28 @@ def test_lookups_are_about_crowded_scenes_and_grow_harder() -> None:
         "shape": rf"the ({shapes})[?]",
     }
     seen: list[set[str]] = []
+    wanted: list[set[str]] = []
     for index in range(120):
-        drawn, places, row = lookup_rows(0, index, 120, 6, "picture.png")
-        scene, turns = drawn.scene, row["messages"]
-        assert len(scene) == 4
-        assert len({thing.colour for thing in scene}) >= 3
-        assert turns[0]["content"][0] == {"type": "image", "image": "picture.png"}
-        turns[0]["content"] = turns[0]["content"][1]["text"]
-        assert all(answer_of(scene, q["content"]) == a["content"] for q, a in zip(turns[::2], turns[1::2], strict=True))
-        keys = [key for q in turns[::2] for key, words in named.items() if re.search(words, q["content"])]
-        assert len(keys) == 6
-        seen.append(set(keys))
-        assert [one["messages"][0]["content"][0] for one in places] == [{"type": "image", "image": "picture.png"}] * 4
-        asked = [(q["content"][1]["text"], a["content"]) for q, a in (one["messages"] for one in places)]
-        assert asked == [(f"what color is the object in the {t.place}?", t.colour) for t in scene]
-    assert set().union(*seen[:36]) == {"place"}
-    assert set().union(*seen[36:84]) == {"place", "colour"}
-    assert set().union(*seen[84:]) == set(named)
+        drawn, rows = lookup_rows(0, index, 120, 4, "picture.png")
+        assert len(drawn.scene) == 4
+        assert len({thing.colour for thing in drawn.scene}) >= 3
+        asked = []
+        for user, assistant in (row["messages"] for row in rows):
+            picture, question = user["content"]
+            assert picture == {"type": "image", "image": "picture.png"}
+            assert answer_of(drawn.scene, question["text"]) == assistant["content"]
+            asked.append(question["text"])
+        assert len(asked) == 4
+        seen.append({key for text in asked for key, words in named.items() if re.search(words, text)})
+        wanted.append({" ".join(text.split()[:2]) for text in asked})
+        if index < 36:
+            assert sorted(asked) == sorted(f"what color is the object in the {place}?" for place in PLACES)
+    assert set().union(*seen[36:54]) == {"place"}
+    assert set().union(*seen[54:84]) == {"colour"}
+    assert set().union(*seen[84:102]) == {"colour", "shape"}
+    assert set().union(*seen[102:]) == set(named)
+    assert set().union(*wanted[36:54]) == {"what color", "what shape"}
+    assert set().union(*wanted[54:]) == {"what color", "what shape", "where is"}
 
 
 def test_another_seed_draws_other_scenes(written: Path, tmp_path: Path) -> None:
