@@ -33,12 +33,9 @@ class Source:
         self._bytes: mmap.mmap | bytes = b""
         self._open()
 
-    def __getstate__(self) -> tuple[Path, Path]:
+    def __reduce__(self) -> tuple[type["Source"], tuple[Path, Path]]:
         """A worker process that doesn't share this one's memory opens the file for itself."""
-        return self.path, self.images
-
-    def __setstate__(self, state: tuple[Path, Path]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
+        return type(self), (self.path, self.images)
 
     def __len__(self) -> int:
         return len(self._array) if self._array is not None else max(0, len(self._starts) - 1)

@@ -45,7 +45,7 @@ def ask(client: openai.OpenAI, model: str, url: str, stream: bool) -> str:
         {"type": "text", "text": "what color is the object?"},
     ]
     messages = [{"role": "user", "content": content}]
-    answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=8, stream=stream)  # type: ignore[call-overload]
+    answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=8, stream=stream)
     if not stream:
         return str(answer.choices[0].message.content)
     return "".join(chunk.choices[0].delta.content or "" for chunk in answer if chunk.choices)

@@ -30,7 +30,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # not splitlines(): an answer may hold other line ends than JSONL's
+        return [json.loads(line) for line in lines]
 
 
 def conversation(exchanges: Iterable[tuple[str, str]], first: Mapping[str, str]) -> dict[str, Any]:

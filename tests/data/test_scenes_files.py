@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from data.scenes import COLOURS, HELD_OUT, PLACES, SHAPES, write_scenes
+from data.scenes.questions import ask_plainly
 from data.scenes.rows import heldout_item, lookup_rows, text_row, train_pair
-from data.scenes.world import scene_key
+from data.scenes.world import Thing, scene_key
 from tests.data.scene_reader import answer_of, parse
 from vlm.errors import UserError
 
@@ -141,6 +142,12 @@ def test_lookups_are_about_crowded_scenes_and_grow_harder() -> None:
     assert set().union(*seen[102:]) == set(named)
     assert set().union(*wanted[36:54]) == {"what color", "what shape"}
     assert set().union(*wanted[54:]) == {"what color", "what shape", "where is"}
+
+
+def test_what_no_field_singles_out_can_not_be_asked_for() -> None:
+    twins = tuple(Thing("small", "red", "circle", place) for place in PLACES[:2])
+    with pytest.raises(ValueError, match="singles out"):
+        ask_plainly(np.random.default_rng(0), twins, ("place",), (("colour",),), 4)
 
 
 def test_another_seed_draws_other_scenes(written: Path, tmp_path: Path) -> None:
