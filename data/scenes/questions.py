@@ -225,7 +225,7 @@ def ask_plainly(
     rng: np.random.Generator, scene: Scene, asked: Sequence[str], keys: Sequence[tuple[str, ...]], count: int
 ) -> list[Question]:
     """`count` questions for one of `asked` (colour, shape, place) of an object that other fields, one of `keys`, single
-    out. Every object that can be named gets its turn: a picture alone doesn't answer them. ValueError if none can be."""
+    out. Every object that can be named gets its turn; a picture alone answers none. ValueError if none can be."""
     wordings = {"colour": "what color is", "shape": "what shape is", "place": "where is"}
     named = [(thing, key) for key in keys for thing in scene if _is_unique(scene, thing, key)]
     if not named:
