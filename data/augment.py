@@ -22,9 +22,10 @@ class Augment:
         if self.shift < 0 or self.jitter < 0:
             raise ValueError("shift and jitter can't be negative")
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: np.random.Generator, edge: int | None = None) -> Image.Image:
+        """edge: pixels that the shorter edge needs; a crop is drawn no larger, which spares work on large pictures."""
         if self.crop < 1:
-            image = _random_crop(image, self.crop, rng)
+            image = _random_crop(image, self.crop, rng, edge or min(image.size))
         if self.shift:
             image = _random_shift(image, self.shift, rng)
         if self.flip and rng.random() < 0.5:
@@ -35,7 +36,7 @@ class Augment:
         return image
 
 
-def _random_crop(image: Image.Image, smallest: float, rng: np.random.Generator) -> Image.Image:
+def _random_crop(image: Image.Image, smallest: float, rng: np.random.Generator, edge: int) -> Image.Image:
     """Inception-style: a share of the area, an aspect ratio between 3:4 and 4:3 of the picture's own, as far as a crop
     of that share fits in."""
     share = rng.uniform(smallest, 1.0)
@@ -44,7 +45,9 @@ def _random_crop(image: Image.Image, smallest: float, rng: np.random.Generator) 
     width = min(image.width, max(1, round(image.width * float(np.sqrt(share * ratio)))))
     height = min(image.height, max(1, round(image.height * float(np.sqrt(share / ratio)))))
     left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
-    return image.resize(image.size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+    scale = min(1.0, edge / min(image.size))
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
 
 
 def _random_shift(image: Image.Image, most: int, rng: np.random.Generator) -> Image.Image:

@@ -62,7 +62,7 @@ class Contrastive(Objective):
         for record, rng in pairs:
             captions = record.captions or (record.messages[-1]["content"][0]["text"],)
             texts.append(captions[int(rng.integers(len(captions)))])
-            pictures.append(self.stage.augment(self.read(record.images[0]), rng))
+            pictures.append(self.stage.augment(self.read(record.images[0]), rng, self.processor.shorter_edge))
         rows = [[*self.chat.encode_text(text)[: self.length - 1], self.end] for text in texts]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
@@ -156,7 +156,7 @@ class Chat(Objective):
     def make(self, pairs: Sequence[Pair]) -> Batch:
         examples = _encode(pairs, self.processor.chat, self.context, self.stage)
         pictures = [
-            self.stage.augment(self.read(path), rng)
+            self.stage.augment(self.read(path), rng, self.processor.shorter_edge)
             for example, (_, rng) in zip(examples, pairs, strict=True)
             for path in example.images
         ]

@@ -37,10 +37,14 @@ class VisionLanguageProcessor(ProcessorMixin):
         """Messages -> ids that know who said what."""
         return ChatEncoder(self.tokenizer, self.chat_template, self.image_token, self.placeholders_per_image)
 
+    @property
+    def shorter_edge(self) -> int | None:
+        """Pixels of an image's shorter edge that the image processor keeps; None where it has its own rule."""
+        return getattr(self.image_processor.size, "shortest_edge", None)
+
     def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """RGB images -> pixel_values [I, 3, H, W]."""
-        size, crops = self.image_processor.size, getattr(self.image_processor, "do_center_crop", False)
-        if crops and "shortest_edge" in size:
+        if self.shorter_edge and getattr(self.image_processor, "do_center_crop", False):
             images = [_middle(image) for image in images]
         pixel_values = self.image_processor(list(images), return_tensors="np")["pixel_values"]
         return torch.from_numpy(np.asarray(pixel_values, dtype=np.float32))

@@ -43,6 +43,17 @@ def test_the_generator_alone_decides(augment: Augment) -> None:
     assert image.tobytes() == before
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_crop_is_drawn_no_larger_than_needed_and_shows_the_same(seed: int) -> None:
+    columns, rows = np.meshgrid(np.arange(SIDE * 2), np.arange(SIDE))
+    image = Image.fromarray(np.stack([columns // 2, rows, rows], axis=2).astype(np.uint8))
+    whole = Augment(crop=0.5)(image, np.random.default_rng(seed))
+    small = Augment(crop=0.5)(image, np.random.default_rng(seed), edge=32)
+    assert (whole.size, small.size) == ((512, 256), (64, 32))
+    assert np.abs(pixels(whole.resize((64, 32), Image.Resampling.BOX)) - pixels(small))[4:-4, 4:-4].max() <= 3
+    assert Augment(crop=0.5)(image, np.random.default_rng(seed), edge=999).size == image.size
+
+
 @pytest.mark.parametrize("crop", [0.3, 0.6, 0.9])
 def test_a_crop_keeps_its_share_of_the_area_and_its_shape(crop: float) -> None:
     # red tells the column and green the row, so the corners tell what was cut out
