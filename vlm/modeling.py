@@ -12,7 +12,7 @@ from vlm.configuration import VisionLanguageConfig
 from vlm.cross_attention import GatedCrossAttention, insert_blocks
 from vlm.fusion import MediaLayout, index_media, lay_out_media
 from vlm.projector import MLPProjector
-from vlm.resampler import PerceiverResampler
+from vlm.resampler import LATENT_STD, PerceiverResampler
 from vlm.vision import VisionTower
 from vlm.visual import Visual
 
@@ -88,7 +88,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, PerceiverResampler):
-            nn.init.normal_(module.latents)
+            nn.init.normal_(module.latents, std=LATENT_STD)
             if module.positions is not None:
                 nn.init.normal_(module.positions, std=self.config.connector_settings.position_std)
             if isinstance(module.out, nn.Linear):

@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from support import ROOT, conversation, metrics, read_jsonl, vlm, vlm_side_by_side, write_jsonl
 
 DESCRIBE = "Describe the image."
-# The questions of yesno.jsonl, and more of their kind about what captions often name.
+# The questions of yesno.jsonl, and a share of the like ones about what captions often name.
 ASKED = {"dog": "a dog", "water": "water", "snow": "snow"}
 MORE = {
     **{thing: f"a {thing}" for thing in ("man", "woman", "boy", "girl", "child", "ball", "bike", "street", "beach")},
@@ -46,6 +46,7 @@ WORDS = {
     "grass": r"grass\w*|lawn",
     "beach": r"beach\w*|shore",
 }
+MORE_SHARE = 0.25
 CLEAR = 4  # captions of five that must name a thing for a certain yes
 PASSES = 6  # draws of negatives
 SHUFFLES = 20
@@ -73,10 +74,10 @@ def ask(captions: Captions, rng: random.Random) -> dict[str, list[tuple[str, str
     asked: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for thing in (*ASKED, *MORE):
         counts = {image: mentions(thing, texts) for image, texts in captions.items()}
-        least = CLEAR if thing in ASKED else 2
+        least, share = (CLEAR, 1.0) if thing in ASKED else (2, MORE_SHARE)
         shown = [image for image, count in counts.items() if count >= least]
         absent = [image for image, count in counts.items() if count == 0]
-        some = min(len(shown), len(absent))
+        some = round(share * min(len(shown), len(absent)))
         for answer, images in (("yes", rng.sample(shown, some)), ("no", rng.sample(absent, some))):
             for image in images:
                 asked[image].append((question_of(thing), answer))
