@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.arguments import positive
 from vlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ environment variable VLM_API_KEY. SIGTERM finishes what was accepted."""
     parser.add_argument("--api-key", metavar="KEY", help="ask clients for this key (default: $VLM_API_KEY, or none)")
     parser.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
     parser.add_argument(
-        "--max-batch", type=_positive, default=16, metavar="N", help="answers made at once (default: 16)"
+        "--max-batch", type=positive, default=16, metavar="N", help="answers made at once (default: 16)"
     )
     parser.add_argument(
         "--max-waiting",
-        type=_positive,
+        type=positive,
         default=128,
         metavar="N",
         help="requests that may wait; more get 429 (default: 128)",
@@ -59,7 +60,7 @@ Without a prompt it is a conversation: /image FILE shows a picture with the next
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="one question; without it, a conversation")
     parser.add_argument("--image", metavar="FILE", nargs="+", action="extend", default=[], help="pictures to ask about")
     parser.add_argument(
-        "--max-tokens", type=_positive, metavar="N", help="longest answer (default: what the context holds)"
+        "--max-tokens", type=positive, metavar="N", help="longest answer (default: what the context holds)"
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 for the likeliest (default: 0)")
     parser.set_defaults(run=run_chat)
@@ -159,10 +160,3 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="number format (default: auto)"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

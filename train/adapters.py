@@ -50,8 +50,9 @@ def add_lora(model: VisionLanguageModel, lora: Lora) -> PeftModel:
 
 
 def save_adapter(adapter: PeftModel, folder: Path, base: str) -> None:
-    """A peft folder that names its base model."""
-    adapter.peft_config["default"].base_model_name_or_path = base
+    """A peft folder that names its base model: a folder by its whole path, so that it is found from anywhere."""
+    known = str(Path(base).resolve()) if Path(base).is_dir() else base
+    adapter.peft_config["default"].base_model_name_or_path = known
     with written_aside(folder) as partial:
         adapter.save_pretrained(str(partial))
 

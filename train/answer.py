@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vlm.errors import UserError
 from vlm.images import read_image
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
@@ -48,7 +49,14 @@ class Answerer:
     def _encode(self, question: Question) -> list[int]:
         parts: list[dict[str, Any]] = [{"type": "image"}] if question.image is not None else []
         message = {"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}
-        return self.processor.chat.encode([message], add_generation_prompt=True).input_ids
+        ids = self.processor.chat.encode([message], add_generation_prompt=True).input_ids
+        context: int | None = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if context is not None and len(ids) + self.max_tokens > context:
+            raise UserError(
+                f"question {question.id}: {len(ids)} tokens and an answer of up to {self.max_tokens} don't fit the "
+                f"model's context of {context}"
+            )
+        return ids
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[list[int]], images: Sequence[Path | None]) -> list[str]:

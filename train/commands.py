@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from vlm.arguments import natural, positive
+
 
 def train(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
@@ -39,16 +41,16 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="the benchmark's questions")
     parser.add_argument("--images", type=Path, help="folder of the images (default: images beside the data)")
     parser.add_argument("--out", type=Path, required=True, help="evaluation folder")
-    parser.add_argument("--limit", type=int, help="only the first N questions")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
     parser.add_argument(
         "--control", choices=("none", "blind", "shuffled"), default="none", help="withhold or exchange images"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffled control")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the shuffled control")
     parser.add_argument("--engine", choices=("torch",), default="torch")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N")
+    parser.add_argument("--max-tokens", type=positive, default=32, metavar="N")
     parser.set_defaults(run=_evaluate)
 
 
@@ -71,6 +73,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     for name, value in result.scores.metrics.items():
         print(f"{name:32} {value:8.4f}")
+    if unscored := len(result.items) - result.scores.n:
+        print(f"{unscored} questions without references: answered, not scored")
     print(f"n = {result.scores.n}, images: {result.control}, {result.seconds:.1f} s; {options.out / 'report.html'}")
     return 0
 
@@ -98,7 +102,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "examples:\n  vlm demo --out runs/demo\n  vlm demo --fusion deep --out runs/deep"
     parser.add_argument("--fusion", choices=("early", "deep"), default="early")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0, metavar="N")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of everything: shows that it runs, learns little"
     )

@@ -26,6 +26,7 @@ from train.pages import Sample, make_sample, write_run_page
 from train.recipe import Recipe, load_recipe
 from train.runs import Run
 from vlm.checkpoint import link_folder, load
+from vlm.device import pick_device
 from vlm.errors import UserError
 from vlm.images import read_image
 from vlm.settings import dump, find_config
@@ -127,7 +128,7 @@ class Demo:
         benchmark = find_benchmark("exact")
         heldout = benchmark.items(self.scenes / "heldout.jsonl", None)
         unseen = benchmark.items(self.scenes / "unseen.jsonl", None)
-        answerer = Answerer(*load(self.out / "model"), max_tokens=16)
+        answerer = Answerer(*load(self.out / "model", pick_device("auto")), max_tokens=16)
         answers = ask(answerer, benchmark, heldout, "none", self.seed)
         scores = benchmark.score(heldout, answers)
 
@@ -213,7 +214,10 @@ class Demo:
             "--resume",
         ]
         with self._log(name).open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            # a session of its own: Ctrl-C would come from the terminal and from here, and twice means at once
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+            )
 
     def _log(self, name: str) -> Path:
         return self.out / "runs" / f"{name}.log"

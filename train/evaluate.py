@@ -13,12 +13,14 @@ from rich.progress import track
 
 import vlm
 from data.benchmarks import Benchmark, Item, Scores, find_benchmark
+from data.benchmarks.base import unique
 from train.answer import Answerer, Question
 from vlm.checkpoint import load, written_aside
 from vlm.device import pick_device, pick_dtype
 from vlm.errors import UserError
 
 CONTROLS = ("none", "blind", "shuffled")
+SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,20 @@ def evaluate(
     batch_size: int = 64,
     max_tokens: int = 32,
 ) -> Evaluation:
-    """Asks the model in the folder or hub id `model` all questions of `data`; leaves an evaluation folder in `out`."""
+    """Asks the model in the folder or hub id `model` all questions of `data`; leaves an evaluation folder in `out`.
+
+    An evaluation that is there already is replaced. Questions without references are answered, but not scored.
+    """
     from train.pages import write_evaluation_page
 
+    if out.exists() and not (out.is_dir() and ((out / SCORES).is_file() or not any(out.iterdir()))):
+        raise UserError(f"{out}: there already, and not an evaluation folder; use another --out")
     benchmark = find_benchmark(task)
-    items = benchmark.items(data, images)[:limit]
+    items = benchmark.items(data, images)
+    unique([(item.id, "") for item in items], data)
+    items = items[:limit]
+    if not items:
+        raise UserError(f"{data}: no questions in it")
     where = pick_device(device)
     network, processor = load(model, where, pick_dtype(precision, where))
     answerer = Answerer(network, processor, batch_size, max_tokens)
@@ -100,7 +111,8 @@ def evaluate(
     with written_aside(out) as partial:
         predictions = partial / benchmark.submission_name
         predictions.write_text(benchmark.submission(answers), encoding="utf-8")
-        scores = benchmark.score(items, answers)
+        referenced = [item for item in items if item.references]
+        scores = benchmark.score(referenced, answers) if referenced else Scores(task, "official", {})
         result = Evaluation(items, answers, scores, control, seconds)
         settings = {
             "model": model,
@@ -117,7 +129,7 @@ def evaluate(
             },
             "seconds": seconds,
         }
-        report = {**scores.as_json(per_item=True), "failed": 0, "settings": settings}
-        (partial / "scores.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        report = {**scores.as_json(per_item=True), "failed": 0, "unscored": len(items) - scores.n, "settings": settings}
+        (partial / SCORES).write_text(json.dumps(report, indent=1), encoding="utf-8")
         write_evaluation_page(result, settings, partial / "report.html")
     return result

@@ -47,7 +47,7 @@ def make_sample(item: Item, answer: str, score: float) -> Sample:
 def write_evaluation_page(evaluation: "Evaluation", settings: Mapping[str, Any], path: Path) -> None:
     """report.html of an evaluation folder: scores, settings, a grid of questions, wrong answers first."""
     scores = evaluation.scores
-    order = sorted(evaluation.items, key=lambda item: scores.per_item[item.id])[:MOST_CARDS]
+    order = sorted(evaluation.items, key=lambda item: scores.per_item.get(item.id, 0.0))[:MOST_CARDS]
     page = _templates.get_template("evaluation.html").render(
         title=f"{scores.task}: {Path(str(settings['model'])).name or settings['model']}",
         scores=scores,
@@ -55,7 +55,7 @@ def write_evaluation_page(evaluation: "Evaluation", settings: Mapping[str, Any],
         seconds=evaluation.seconds,
         settings=settings,
         kinds=sorted({item.kind for item in evaluation.items if item.kind}),
-        samples=[make_sample(item, evaluation.answers[item.id], scores.per_item[item.id]) for item in order],
+        samples=[make_sample(item, evaluation.answers[item.id], scores.per_item.get(item.id, 0.0)) for item in order],
     )
     path.write_text(page, encoding="utf-8")
 

@@ -54,6 +54,8 @@ def load(
     if report["missing_keys"]:
         lacking = sorted(report["missing_keys"])
         raise UserError(f"{source}: its weights lack {len(lacking)} tensors, the first is {lacking[0]}")
+    if not processor.chat_template:
+        raise UserError(f"{source}: no chat template in it (chat_template.jinja), so it can't be asked anything")
     if adapter is not None:
         model = merge_adapter(model, adapter)
     return model.to(device).eval(), processor
@@ -82,7 +84,7 @@ def check_source(source: str | Path, model_type: str | None = None) -> dict[str,
     if not (folder / "config.json").is_file():
         raise UserError(f"{source}: not a model folder (no config.json in it)")
     config = _read_object(folder / "config.json")
-    if "auto_map" in config:
+    if _asks_for_code(config):
         raise UserError(f"{source}: its config asks to run code from the folder (auto_map); that is never done")
     if not list(folder.glob("*.safetensors")):
         pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
@@ -91,6 +93,11 @@ def check_source(source: str | Path, model_type: str | None = None) -> dict[str,
     if model_type is not None and config.get("model_type") != model_type:
         raise UserError(f"{source}: a {config.get('model_type')!r} model, where a {model_type!r} model is needed")
     return config
+
+
+def _asks_for_code(config: dict[str, Any]) -> bool:
+    parts = [part for part in config.values() if isinstance(part, dict)]
+    return "auto_map" in config or any(_asks_for_code(part) for part in parts)
 
 
 def save(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None = None) -> None:
@@ -108,6 +115,9 @@ def save(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place when the block ends well, and vanishes when it doesn't."""
+    folder = folder.absolute()  # "." has no name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file, where a folder is to be written")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except KeyboardInterrupt as stopped:
-        print(f"vlm {options.command}: {stopped or 'interrupted'}", file=sys.stderr)
+        print(f"vlm {options.command}: {str(stopped) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -32,7 +32,7 @@ class VQA(Benchmark):
             raise UserError(f"{data}: no VQA questions file there (a JSON object with 'questions')")
         known = {item.id: item for path in files for item in self._annotated(path)}
         items = []
-        folder = images or data.parent
+        folder = images or (data if data.is_dir() else data.parent)
         pictures = _pictures(folder)
         for row in questions:
             if missing := [key for key in ("question_id", "question", "image_id") if key not in row]:
@@ -124,7 +124,9 @@ def _is_answer(answer: Any) -> bool:
 def _rows(path: Path, key: str) -> list[dict[str, Any]]:
     content = read_json(path)
     rows = content.get(key, []) if isinstance(content, dict) else []
-    return [row for row in rows if isinstance(row, dict)]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: {key!r} is no list of objects")
+    return rows
 
 
 def _pictures(folder: Path) -> dict[str, Path]:

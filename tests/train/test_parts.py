@@ -123,13 +123,17 @@ def test_what_is_frozen_does_not_change_by_a_bit(scenes: Path, tmp_path: Path, f
 
 
 @pytest.mark.parametrize("fusion", ["early", "deep"])
-def test_adapters_alone_are_kept_as_a_peft_folder_that_loads(scenes: Path, tmp_path: Path, fusion: str) -> None:
+def test_adapters_alone_are_kept_as_a_peft_folder_that_loads(
+    scenes: Path, tmp_path: Path, fusion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     base = run_training(
         load_recipe(write_recipe(tmp_path / "b.yaml", chat_recipe(scenes, fusion, steps=1))), tmp_path / "b"
     )
     settings = chat_recipe(scenes, fusion, learning_rates={"lora": 1e-2}, lora={"rank": 2}, steps=2)
-    settings["model"] = {"pretrained": str(base.model)}
+    settings["model"] = {"pretrained": "b/model"}
     run = run_training(load_recipe(write_recipe(tmp_path / "r.yaml", settings)), tmp_path / "run")
+    monkeypatch.chdir("/")  # the base is found from anywhere
     whole, _ = load(run.model)
     put_together, _ = load(run.adapter)
     started, _ = load(base.model)

@@ -168,6 +168,11 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / "config.json", auto_map={"AutoModel": "evil.Model"}),
         "run code from the folder",
     ),
+    "code of its own for the language model": (
+        lambda f: edit(f / "config.json", text_config={"model_type": "llama", "auto_map": {"AutoModel": "evil.Model"}}),
+        "run code from the folder",
+    ),
+    "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "no chat template in it"),
     "half the weights": (cut_in_half, "the weights are cut off or broken"),
     "no byte of weights": (lambda f: os.truncate(f / "model.safetensors", 0), "the weights are cut off or broken"),
     "one tensor less": (drop_tensor, "lack 1 tensors, the first is multi_modal_projector.layers.0.bias"),
@@ -261,6 +266,17 @@ def test_a_save_takes_the_place_of_an_older_folder_with_nothing_left_of_it(
     assert load(folder)[0].config.fusion == "deep"
     assert not (folder / "model-00001-of-00002.safetensors").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_file_is_never_displaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with (
+        pytest.raises(UserError, match="notes: a file, where a folder is to be written"),
+        written_aside(tmp_path / "notes"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(

@@ -1,0 +1,37 @@
+"""The demo's two pretraining processes answer to one Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train.runs import Run
+from train.state import latest
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_pretraining_loses_no_step(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    command = [sys.executable, "-P", "-m", "vlm.cli", "demo", "--quick", "--out", str(out)]
+    # as in a terminal: the signal reaches every process of the foreground group
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    runs = {name: Run(out / "runs" / name) for name in ("clip", "language")}
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not all(
+        run.metrics_file.is_file() and run.metrics() for run in runs.values()
+    ):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in error
+    unfinished = [run for run in runs.values() if not run.finished]
+    assert unfinished
+    for run in unfinished:
+        checkpoint = latest(run.checkpoints)
+        assert checkpoint is not None
+        assert checkpoint.name == f"step-{len(run.metrics())}"
