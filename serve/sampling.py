@@ -93,13 +93,13 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     """One token per row [R], by inverting the cumulative distribution at the row's own random number."""
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=logits.device)[:, None]
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
     if logits.device.type == "mps":  # which has no float64
         logits = logits.cpu()
     params = [sampler.params for sampler in samplers]
     # the maximum is taken off first, so that tiny temperatures can't overflow
-    scaled = (logits - logits.amax(-1, keepdim=True)) / column([p.temperature for p in params])
+    scaled = (logits - logits.amax(-1, keepdim=True)) / column([p.temperature for p in params]).float()
     vocab_size = logits.shape[-1]
     top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
     if min(top_k) < vocab_size:
@@ -110,17 +110,18 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     probabilities = scaled.double().softmax(-1)
     if any(p.top_p < 1.0 for p in params):
         ordered, order = probabilities.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        cut = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= column([p.top_p for p in params]))
-        probabilities = probabilities.masked_fill(cut, 0.0)
+        beyond = ordered.cumsum(-1) - ordered >= column([p.top_p for p in params])
+        beyond[:, 0] = False  # the likeliest token always stays
+        probabilities = probabilities.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
     if any(p.min_p > 0.0 for p in params):
         floor = column([p.min_p for p in params]) * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
     cumulative = probabilities.cumsum(-1)
     # 32 bits keep the product below the total in float64, so that a token with a chance is found
     numbers = column([sampler.random.getrandbits(32) / 2**32 for sampler in samplers if sampler.random is not None])
-    points = numbers.double() * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, points, right=True)[:, 0]
+    points = numbers * cumulative[:, -1:]
+    # a token beyond the vocabulary would fail the next step of the whole batch
+    return torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(max=vocab_size - 1)
 
 
 def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, samplers: Sequence[Sampler]) -> list[TokenLogprob]:

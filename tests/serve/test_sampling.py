@@ -69,6 +69,8 @@ def test_temperature_flattens_and_sharpens():
         ({"top_k": 2}, {0, 1}),
         ({"top_p": 0.6}, {0, 1}),
         ({"top_p": 0.4}, {0}),
+        ({"top_p": 1e-46}, {0}),  # which is 0 in 32 bits
+        ({"top_p": 5e-324, "min_p": 1.0}, {0}),
         ({"min_p": 0.5}, {0, 1}),
         ({"top_k": 3, "top_p": 0.5}, {0}),  # of the three that are left, the first has 5 / 9
         ({"top_k": -1}, {0, 1, 2, 3}),
