@@ -63,10 +63,8 @@ class ChatEncoder:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
         """The chat as the template writes it, cut into the template's text and the people's."""
         texts = [text for message in messages for text in _texts(message)]
-        mark = "\ue000"
-        while any(mark in text for text in texts):
-            mark += "\ue000"
-        marks = [f"{mark}{index}\ue001" for index in range(len(texts))]
+        # the texts may hold marks, too: they are not there when the marks are looked for
+        marks = [f"\ue000{index}\ue001" for index in range(len(texts))]
         numbers = iter(range(len(texts)))
         marked = [_with_texts(message, [marks[next(numbers)] for _ in _texts(message)]) for message in messages]
         rest = self._apply(marked, add_generation_prompt)

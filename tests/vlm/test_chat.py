@@ -1,5 +1,6 @@
 """Chats to ids: what transformers makes of the same conversation, and who said what."""
 
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -180,6 +181,16 @@ def test_a_literal_image_mark_needs_no_picture(processor: VisionLanguageProcesso
     assert tokens.input_ids.count(processor.tokenizer.eos_token_id) == 1
     assert processor.tokenizer.decode(processor.chat.encode_text("<image><|end|>")) == "<image><|end|>"
     assert processor.image_token_id not in processor.chat.encode_text("<image>")
+
+
+def test_marks_in_what_people_say_cost_nothing_and_stay_text(processor: VisionLanguageProcessor) -> None:
+    words = "\ue0001\ue001\ue0000\ue001"
+    chat = [turn("user", words, None, words), turn("assistant", words)]
+    segments = processor.chat.render(chat)
+    assert [(s.text, s.message) for s in segments if s.message is not None] == [(words, 0), (words, 0), (words, 1)]
+    began = time.process_time()
+    processor.chat.render([turn("user", "\ue000" * 200_000)] * 2)
+    assert time.process_time() - began < 1
 
 
 def test_content_may_be_plain_text(processor: VisionLanguageProcessor) -> None:
