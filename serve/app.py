@@ -86,7 +86,7 @@ class Service:
     async def _in_pool(self, read: "Reader", data: bytes) -> "tuple[ChatBody | CompletionBody, list[EngineRequest]]":
         abandoned = threading.Event()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, read, data, abandoned)
+            return await asyncio.get_running_loop().run_in_executor(self.pool, _contained, read, data, abandoned)
         finally:
             abandoned.set()
 
@@ -104,9 +104,9 @@ class Service:
             raise AbandonedError
         body = parse_body(CompletionBody, parse_json(data))
         self._check_model(body.model)
-        if len(body.prompts) > self.engine.info.max_choices:
-            limit = self.engine.info.max_choices
-            raise ApiError(400, f"{len(body.prompts)} prompts, where up to {limit} are taken", param="prompt")
+        count, limit = len(body.prompts), self.engine.info.max_choices
+        if not 1 <= count <= limit:
+            raise ApiError(400, f"{count} prompts, where 1 to {limit} are taken", param="prompt")
         tokens = [self.prompts.text(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
         return body, [self._request(body, ChatPrompt(ids, ())) for ids in tokens]
 
@@ -127,6 +127,17 @@ class Service:
 
 
 Reader = Callable[[bytes, threading.Event], tuple[ChatBody | CompletionBody, list[EngineRequest]]]
+
+
+def _contained(
+    read: Reader, data: bytes, abandoned: threading.Event
+) -> tuple[ChatBody | CompletionBody, list[EngineRequest]]:
+    try:
+        return read(data, abandoned)
+    except StopIteration as error:  # which no future can hold: whoever awaits it would wait forever
+        raise RuntimeError("a request could not be read") from error
+
+
 # a choice of the answer, a delta of it, and whether its usage counts the prompt
 Piece = tuple[int, Delta, bool]
 

@@ -1,5 +1,6 @@
 """OpenAI's chat and text completions: types and names are checked here, bounds where the engine checks them."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -237,11 +238,10 @@ def _shown(value: Any) -> str:
 
 
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in biases.items()}
-    except ValueError:
-        bad = next(token for token in biases if not token.strip().lstrip("-").isdigit())
-        raise ParameterError("logit_bias", f"logit_bias maps token ids to numbers; {bad[:40]!r} is no id") from None
+    for token in biases:
+        if not re.fullmatch("-?[0-9]{1,18}", token):
+            raise ParameterError("logit_bias", f"logit_bias maps token ids to numbers; {token[:40]!r} is no id")
+    return {int(token): bias for token, bias in biases.items()}
 
 
 def _json_type(value: Any) -> str:

@@ -108,6 +108,8 @@ def test_text_completions(client, loaded):
     assert "".join(c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == 1) == texts[0]
     assert refused(client.post(TEXT, json={"prompt": "x", "echo": True}))["param"] == "echo"
     assert refused(client.post(TEXT, json={"prompt": [[999999]]}))["param"] == "prompt"
+    assert "0 prompts, where 1 to 4" in refused(client.post(TEXT, json={"prompt": []}))["message"]
+    assert refused(client.post(TEXT, json={"prompt": [[]]}))["param"] == "prompt"
 
 
 def test_models_health_readiness_and_page(client):
@@ -194,4 +196,10 @@ def test_failures_of_the_model_are_told_without_details(client):
     with spoiled(client.engine, "submit", fail):
         assert refused(client.post(CHAT, json=chat_body()), 500)["code"] == "internal_error"
     assert client.post(CHAT, json=chat_body()).is_success
+    assert client.app.state.traffic.active == 0
+
+
+def test_a_request_on_whose_reading_an_iterator_ends_is_answered(client, monkeypatch):
+    monkeypatch.setattr("serve.app.parse_body", lambda kind, payload: next(iter(())))
+    assert refused(client.post(CHAT, json=chat_body()), 500)["code"] == "internal_error"
     assert client.app.state.traffic.active == 0
