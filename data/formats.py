@@ -80,7 +80,7 @@ def _llava(row: dict[str, Any], where: str, root: Path) -> Record:
         messages.append(
             {
                 "role": role,
-                "content": _split_marks(turn["value"]) if images and role == "user" else [text_part(turn["value"])],
+                "content": _split_marks(turn["value"]) if role == "user" else [text_part(turn["value"])],
             }
         )
     return make_record(where, messages, images, root)
@@ -102,8 +102,11 @@ def _captions(row: dict[str, Any], where: str, root: Path) -> Record:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise UserError(f"{where}: captions must be one text or a list of them, none empty")
+    prompt = CAPTION_PROMPT if row.get("prompt") is None else row["prompt"]
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: prompt must be a text, not {type(prompt).__name__}")
     messages = [
-        {"role": "user", "content": [IMAGE_PART, text_part(str(row.get("prompt", CAPTION_PROMPT)))]},
+        {"role": "user", "content": [IMAGE_PART, text_part(prompt)]},
         {"role": "assistant", "content": [text_part(captions[0])]},
     ]
     return make_record(where, messages, [row.get("image")], root, captions)

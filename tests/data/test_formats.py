@@ -107,13 +107,19 @@ GOOD: dict[str, tuple[dict[str, Any], tuple[dict[str, Any], ...], list[str], tup
         (),
     ),
     "LLaVA without images": (
-        {"conversations": [{"from": "human", "value": "What is <image>?"}, {"from": "gpt", "value": "A mark."}]},
-        (user("What is <image>?"), assistant("A mark.")),
+        {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A mark, <image>."}]},
+        (user("What?"), assistant("A mark, <image>.")),
         [],
         (),
     ),
     "one caption": (
         {"image": "a.png", "caption": "a cube"},
+        (user(None, CAPTION_PROMPT), assistant("a cube")),
+        ["a.png"],
+        ("a cube",),
+    ),
+    "a caption with a prompt of null": (
+        {"image": "a.png", "caption": "a cube", "prompt": None},
         (user(None, CAPTION_PROMPT), assistant("a cube")),
         ["a.png"],
         ("a cube",),
@@ -230,6 +236,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "LLaVA: unknown speaker": ({"conversations": [{"from": "cat", "value": "hi"}]}, "turn 1 needs a 'from'"),
     "LLaVA: value is a number": (llava(7), "turn 1 needs a 'from' of human or gpt and a text 'value'"),
     "LLaVA: image without mark": (llava("what?", image="a.png"), "0 image placeholders, but 1 images"),
+    "LLaVA: mark without image": (llava("<image>\nwhat?"), "1 image placeholders, but 0 images"),
+    "LLaVA: mark and image of null": (llava("what? <image>", image=None), "1 image placeholders, but 0 images"),
     "LLaVA: two marks": (llava("<image> <image> what?", image="a.png"), "2 image placeholders, but 1 images"),
     "LLaVA: mark of an answer": (
         llava("what?", "<image>", image="a.png"),
@@ -240,6 +248,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no caption": ({"image": "a.png", "captions": []}, "captions must be one text or a list of them, none empty"),
     "an empty caption": ({"image": "a.png", "captions": ["a cube", " "]}, "none empty"),
     "a caption of nothing": ({"caption": "a cube"}, "named by its path, got None"),
+    "prompt is a number": ({"image": "a.png", "caption": "a cube", "prompt": 7}, "prompt must be a text, not int"),
     "question is a list": (question(question=["what?"]), "question and answer must be texts"),
     "no answer": ({"question": "what?"}, "question and answer must be texts"),
     "answer is null": (question(answer=None), "question and answer must be texts"),
