@@ -30,6 +30,7 @@ def make_record(
 ) -> Record:
     """A Record, or a UserError that begins with `where`: broken roles, empty answers, images that aren't there."""
     check_roles(where, messages)
+    check_texts(where, [*(part.get("text", "") for message in messages for part in message["content"]), *captions])
     marks = sum(part["type"] == "image" for message in messages for part in message["content"])
     if marks != len(images):
         raise UserError(f"{where}: {marks} image placeholders, but {len(images)} images")
@@ -56,6 +57,13 @@ def check_roles(where: str, messages: Sequence[Message]) -> None:
         raise UserError(f"{where}: the conversation doesn't end with an assistant's answer")
 
 
+def check_texts(where: str, texts: Sequence[str]) -> None:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: a text holds half of a surrogate pair, which is no character") from None
+
+
 def find_image(where: str, image: Any, root: Path) -> Path:
     """The file of an image named in a row, which must lie inside `root`."""
     if not isinstance(image, str) or not image:
@@ -64,12 +72,15 @@ def find_image(where: str, image: Any, root: Path) -> Path:
     try:
         path = (base / image).resolve()
         there = path.is_file()
+        empty = there and path.stat().st_size == 0
     except (OSError, ValueError, RuntimeError):  # too long, NUL or no Unicode in it, links in a circle
         raise UserError(f"{where}: image {image[:80]!r} can't be the name of a file in {root}") from None
     if not path.is_relative_to(base):
         raise UserError(f"{where}: image {image!r} lies outside the image folder {root}")
     if not there:
         raise UserError(f"{where}: image {image!r} is not in {root}")
+    if empty:
+        raise UserError(f"{where}: image {image!r} is an empty file")
     return path
 
 

@@ -39,7 +39,7 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
     run = Run(folder)
     for stage in recipe.stages:
         for source in open_sources(recipe, stage):
-            source.check()
+            source.check(one_image=stage.objective == "contrastive")
     run.claim(recipe, resume)
     if run.finished:
         return run

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from PIL import Image
 from torch import nn
 from transformers import BatchEncoding
 
@@ -22,6 +23,7 @@ from train.runs import Run
 from vlm.chat import ChatEncoder
 from vlm.checkpoint import load, save
 from vlm.contrastive import contrastive_loss, recall_at_1
+from vlm.errors import UserError
 from vlm.processing import VisionLanguageProcessor
 
 Pair = tuple[Record, np.random.Generator]
@@ -60,9 +62,11 @@ class Contrastive(Objective):
     def make(self, pairs: Sequence[Pair]) -> "CaptionBatch":
         texts, pictures = [], []
         for record, rng in pairs:
-            captions = record.captions or (record.messages[-1]["content"][0]["text"],)
+            captions = record.captions or ("".join(part["text"] for part in record.messages[-1]["content"]),)
             texts.append(captions[int(rng.integers(len(captions)))])
-            pictures.append(self.stage.augment(self.read(record.images[0]), rng, self.processor.shorter_edge))
+            pictures.append(
+                self.stage.augment(_picture(self.read, record, record.images[0]), rng, self.processor.shorter_edge)
+            )
         rows = [[*self.chat.encode_text(text)[: self.length - 1], self.end] for text in texts]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
@@ -156,8 +160,8 @@ class Chat(Objective):
     def make(self, pairs: Sequence[Pair]) -> Batch:
         examples = _encode(pairs, self.processor.chat, self.context, self.stage)
         pictures = [
-            self.stage.augment(self.read(path), rng, self.processor.shorter_edge)
-            for example, (_, rng) in zip(examples, pairs, strict=True)
+            self.stage.augment(_picture(self.read, record, path), rng, self.processor.shorter_edge)
+            for example, (record, rng) in zip(examples, pairs, strict=True)
             for path in example.images
         ]
         return collate_chat(examples, pictures, self.processor)
@@ -203,3 +207,10 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
 
 def _encode(pairs: Sequence[Pair], chat: ChatEncoder, context: int, stage: Stage) -> list[Example]:
     return [encode_record(record, chat, context, stage.train_on, rng) for record, rng in pairs]
+
+
+def _picture(read: ImageCache, record: Record, path: Path) -> Image.Image:
+    try:
+        return read(path)
+    except UserError as error:
+        raise UserError(f"{record.where}: {error}") from None

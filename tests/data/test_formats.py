@@ -21,6 +21,7 @@ def root(tmp_path: Path) -> Path:
     (folder / "sub").mkdir(parents=True)
     for name in ("a.png", "b.png", "sub/c.png", "../secret.png"):
         Image.new("RGB", (4, 4)).save(folder / name)
+    (folder / "empty.png").touch()
     (folder / "out.png").symlink_to(tmp_path / "secret.png")
     (folder / "around").symlink_to(tmp_path)
     (folder / "in.png").symlink_to(folder / "a.png")
@@ -172,6 +173,7 @@ def question(**row: Any) -> dict[str, Any]:
 BAD_IMAGES = {
     "none there": ("none.png", "is not in"),
     "a folder": ("sub", "is not in"),
+    "an empty file": ("empty.png", "is an empty file"),
     "up and out": ("../secret.png", "lies outside the image folder"),
     "up, out and back": ("sub/../../secret.png", "lies outside the image folder"),
     "absolute": ("/etc/passwd", "lies outside the image folder"),
@@ -252,6 +254,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "question is a list": (question(question=["what?"]), "question and answer must be texts"),
     "no answer": ({"question": "what?"}, "question and answer must be texts"),
     "answer is null": (question(answer=None), "question and answer must be texts"),
+    "half a surrogate pair asked": (question(question="a \ud800?"), "half of a surrogate pair"),
+    "half a surrogate pair said": (asked("what?", "a \udfff"), "half of a surrogate pair"),
+    "half a surrogate pair in a later caption": (
+        {"image": "a.png", "captions": ["a cube", "\ud800"]},
+        "half of a surrogate pair",
+    ),
     "empty answer to a question": (question(answer=" "), "message 2: an empty answer"),
 }
 

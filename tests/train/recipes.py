@@ -61,6 +61,22 @@ def chat_recipe(scenes: Path, fusion: str = "early", connector: str = "mlp", **s
     }
 
 
+def with_contrastive_stage(recipe: dict[str, Any], **stage: Any) -> dict[str, Any]:
+    """The recipe with a contrastive stage `clip` before its first, on that one's data."""
+    tower = {name: VISION[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    model = recipe["model"] | {"text_tower": {**tower, "num_attention_heads": 2}, "projection_dim": 32}
+    clip = {
+        "name": "clip",
+        "objective": "contrastive",
+        "data": recipe["stages"][0]["data"],
+        "steps": 2,
+        "batch_size": 4,
+        "learning_rates": {"vision_tower": 1e-3, "text_tower": 1e-3, "projections": 1e-3},
+        **stage,
+    }
+    return {**recipe, "model": model, "stages": [clip, *recipe["stages"]]}
+
+
 def write_recipe(path: Path, settings: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path

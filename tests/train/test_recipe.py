@@ -1,6 +1,7 @@
 """Recipes and run folders: what is wrong is named, and nothing is half-written."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train.recipes import chat_recipe, write_recipe
+from tests.train.recipes import chat_recipe, with_contrastive_stage, write_recipe
 from train.recipe import Recipe, load_recipe
 from train.runs import Run
 from vlm.cli import main
@@ -83,6 +84,7 @@ def test_lines_after_the_restored_step_and_half_written_ones_go(tmp_path: Path) 
         ('{"image": "gone.png", "question": "q", "answer": "a"}\n', "rows.jsonl:1: image 'gone.png'"),
         ('\n{"messages": [{"role": "assistant", "content": "hi"}]}\n', "rows.jsonl:2: message 1 is from 'assistant'"),
         ('{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}\n', "empty answer"),
+        ('{"question": "q", "answer": "\\ud800"}\n', "rows.jsonl:1: a text holds half of a surrogate pair"),
         ("", "no rows"),
     ],
 )
@@ -95,6 +97,31 @@ def test_a_broken_row_stops_the_command_before_anything_is_written(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", ["chat", "contrastive"])
+def test_a_broken_image_is_an_error_with_the_row(
+    tmp_path: Path, objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "rows.jsonl").write_text('\n{"image": "a.png", "caption": "a cube"}\n')
+    settings = chat_recipe(tmp_path, data=[{"path": "rows.jsonl"}])
+    if objective == "contrastive":
+        settings = with_contrastive_stage(settings)
+    assert main(["train", str(write_recipe(tmp_path / "r.yaml", settings)), "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"rows\.jsonl:2: \S+a\.png: not an image of a known format", error)
+    assert "Traceback" not in error
+
+
+def test_a_row_without_image_stops_a_contrastive_stage_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "what?", "answer": "a cube"}\n')
+    settings = with_contrastive_stage(chat_recipe(tmp_path, data=[{"path": "rows.jsonl"}]))
+    assert main(["train", str(write_recipe(tmp_path / "r.yaml", settings)), "--out", str(tmp_path / "run")]) == 1
+    assert "rows.jsonl:1: 0 images, where a contrastive stage needs one" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
