@@ -16,7 +16,8 @@ from vlm.processing import VisionLanguageProcessor
 class Batch:
     """input_ids, labels, media_index, document_start: [B, T]; pixel_values: [I, 3, H, W], None for a text-only LM.
 
-    Padding is on the right, where a causal LM needs no mask. supervised: tokens the loss counts; tokens: real ones.
+    Padding is on the right, where a causal LM needs no mask. supervised: tokens the loss counts; tokens: real ones;
+    shortened: file:line of the rows of which messages were dropped.
     """
 
     input_ids: torch.Tensor
@@ -26,6 +27,7 @@ class Batch:
     pixel_values: torch.Tensor | None
     supervised: int
     tokens: int
+    shortened: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {
@@ -57,6 +59,7 @@ def collate_chat(
         processor.pixels(pictures),
         supervised=sum(example.supervised for example in examples),
         tokens=sum(len(example.input_ids) for example in examples),
+        shortened=tuple(example.where for example in examples if example.dropped),
     )
 
 
@@ -72,6 +75,7 @@ def collate_text(examples: Sequence[Example], pad: int) -> Batch:
         None,
         supervised=sum(example.supervised for example in examples),
         tokens=sum(len(example.input_ids) for example in examples),
+        shortened=tuple(example.where for example in examples if example.dropped),
     )
 
 

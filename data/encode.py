@@ -17,12 +17,16 @@ TrainOn = Literal["assistant", "all"]
 
 @dataclass(frozen=True)
 class Example:
-    """input_ids, labels: [T] (labels are the ids themselves where supervised, IGNORED elsewhere); images in order."""
+    """input_ids, labels: [T] (labels are the ids themselves where supervised, IGNORED elsewhere); images in order.
+
+    dropped: messages that were left out for the context's sake.
+    """
 
     input_ids: list[int]
     labels: list[int]
     images: tuple[Path, ...]
     where: str
+    dropped: int = 0
 
     @property
     def supervised(self) -> int:
@@ -50,11 +54,12 @@ def encode_record(
             f"{record.where}: {len(tokens.input_ids)} tokens ({tokens.num_images * chat.placeholders} of them for "
             f"{tokens.num_images} images) don't fit the context of {context}"
         )
+    dropped = len(record.messages) - len(messages)
     labels = [
         token if (said or train_on == "all") and token != chat.image_token_id else IGNORED
         for token, said in zip(tokens.input_ids, tokens.supervised, strict=True)
     ]
-    example = Example(tokens.input_ids, labels, record.images[: tokens.num_images], record.where)
+    example = Example(tokens.input_ids, labels, record.images[: tokens.num_images], record.where, dropped)
     if example.supervised == 0:
         raise UserError(f"{record.where}: no token of it would be learned")
     return example

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from transformers.utils import logging as transformers_logging
 
 from data.loader import ImageCache, Loader, Order, Rows
@@ -113,6 +113,7 @@ def run_stage(
             accelerator.wait_for_everyone()
             if stop.wanted:
                 raise Stopped(f"stopped after step {offset + done}; --resume goes on from there")
+    monitor.end()
     model.eval()
     accelerator.free_memory()
 
@@ -126,8 +127,9 @@ def optimizer_step(
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """One update by the loss per supervised token of the whole step: all micro-batches, all ranks, counted first."""
-    counts = torch.tensor([[b.supervised, b.tokens] for b in micro_batches], device=accelerator.device).sum(0)
-    supervised, tokens = (int(count) for count in accelerator.reduce(counts, "sum"))
+    rows = [[batch.supervised, batch.tokens, len(batch.shortened)] for batch in micro_batches]
+    counts = torch.tensor(rows, device=accelerator.device).sum(0)
+    supervised, tokens, shortened = (int(count) for count in accelerator.reduce(counts, "sum"))
     sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
@@ -142,7 +144,10 @@ def optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     means = {name: float(accelerator.reduce(value, "sum")) / supervised for name, value in sums.items()}
     rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
-    return {**means, "lr": rates, "gradient_norm": float(norm), "tokens": tokens, "supervised": supervised}
+    entry = {**means, "lr": rates, "gradient_norm": float(norm), "tokens": tokens, "supervised": supervised}
+    if shortened:
+        entry["shortened"] = gather_object([where for batch in micro_batches for where in batch.shortened])
+    return entry
 
 
 def set_rates(optimizer: torch.optim.Optimizer, stage: Stage, done: int) -> None:

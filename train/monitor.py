@@ -45,7 +45,7 @@ class Monitor:
             self.board.close()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, stage: str, steps: int, done: int, manifest: list[tuple[str, int, float]]) -> None:
         """A new stage: its manifest of what learns, then its bar."""
@@ -59,6 +59,18 @@ class Monitor:
         if self.task is not None:
             self.progress.remove_task(self.task)
         self.task = self.progress.add_task(stage, total=steps, completed=done, shown="")
+
+    def end(self) -> None:
+        """The stage is over: says how many rows were not learned from whole, in what was logged of it."""
+        if self.quiet:
+            return
+        entries = [entry for entry in self.run.metrics() if entry["stage"] == self.stage]
+        rows = list(dict.fromkeys(where for entry in entries for where in entry.get("shortened", ())))
+        if rows:
+            self.say(
+                f"{self.stage}: rows that were too long and lost their end: {len(rows)} (the first is {rows[0]}; "
+                f'"shortened" in {self.run.metrics_file} has all of them)'
+            )
 
     def log(self, entry: dict[str, Any], done: int) -> None:
         """One finished step: a line of metrics.jsonl, a point on every curve."""

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from torch import nn
-from transformers import BatchEncoding
 
 from data.collate import Batch, collate_chat, collate_text
 from data.encode import IGNORED, Example, encode_record
@@ -36,7 +35,10 @@ class Objective(ABC):
 
     @abstractmethod
     def make(self, pairs: Sequence[Pair]) -> Any:
-        """One micro-batch; has `supervised` (what the loss is divided by), `tokens` and `to(device)`."""
+        """One micro-batch; has `supervised` (what the loss is divided by), `tokens`, `shortened` and `to(device)`.
+
+        `shortened`: file:line of the rows that were too long to be learned from whole.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -67,7 +69,8 @@ class Contrastive(Objective):
             pictures.append(
                 self.stage.augment(_picture(self.read, record, record.images[0]), rng, self.processor.shorter_edge)
             )
-        rows = [[*self.chat.encode_text(text)[: self.length - 1], self.end] for text in texts]
+        encoded = [self.chat.encode_text(text) for text in texts]
+        rows = [[*tokens[: self.length - 1], self.end] for tokens in encoded]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -76,7 +79,8 @@ class Contrastive(Objective):
             mask[row, : len(tokens)] = 1
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         same = torch.tensor([numbers[text] for text in texts])
-        return CaptionBatch(ids, mask, self.processor.pixels(pictures), same)
+        cut = (record.where for (record, _), tokens in zip(pairs, encoded, strict=True) if len(tokens) >= self.length)
+        return CaptionBatch(ids, mask, self.processor.pixels(pictures), same, tuple(cut))
 
     def loss(self, model: nn.Module, batch: "CaptionBatch") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values)
@@ -97,6 +101,7 @@ class CaptionBatch:
         attention_mask: torch.Tensor,
         pixel_values: torch.Tensor,
         same: torch.Tensor,
+        shortened: tuple[str, ...] = (),
     ) -> None:
         self.input_ids, self.attention_mask, self.pixel_values, self.same = (
             input_ids,
@@ -104,11 +109,12 @@ class CaptionBatch:
             pixel_values,
             same,
         )
+        self.shortened = shortened
         self.supervised, self.tokens = len(same), int(attention_mask.sum())
 
     def to(self, device: torch.device) -> "CaptionBatch":
-        tensors = BatchEncoding(vars(self)).to(device)
-        return CaptionBatch(tensors["input_ids"], tensors["attention_mask"], tensors["pixel_values"], tensors["same"])
+        ids, mask, pixels = self.input_ids.to(device), self.attention_mask.to(device), self.pixel_values.to(device)
+        return CaptionBatch(ids, mask, pixels, self.same.to(device), self.shortened)
 
 
 class Language(Objective):

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import train.loop
 from data.encode import IGNORED
-from tests.train.recipes import LANGUAGE, VISION, chat_recipe, write_recipe
+from tests.train.recipes import LANGUAGE, VISION, chat_recipe, with_contrastive_stage, write_recipe
 from train.loop import run_training, set_rates
 from train.objectives import summed_cross_entropy
 from train.recipe import Stage, load_recipe
@@ -123,6 +124,33 @@ def test_rates_warm_up_and_fall_to_zero_with_each_parts_own_peak() -> None:
     assert seen[:3] == pytest.approx([0.1, 1.0, 1.0])
     assert seen[3] == pytest.approx(0.5)
     assert 0 < seen[4] < 0.001
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_that_are_cut_are_counted_and_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    long = "".join(map(str, range(2000)))
+    words = ("what is this?", "a cube", "and that?", long)
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(words)]
+    rows = [{"image": "a.png", "caption": caption} for caption in ("a cube", long)]
+    (tmp_path / "clip.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chats = [{"messages": turns[:2]}, {"messages": turns}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    settings = {**chat_recipe(tmp_path, steps=2, batch_size=2, micro_batch_size=1), "context": 300, "workers": workers}
+    data = [{"path": "clip.jsonl"}]
+    settings = with_contrastive_stage(settings, data=data, batch_size=2)
+    alone = {"name": "words", "objective": "language", "learning_rates": {"language_model": 1e-3}}
+    settings["stages"].append({**settings["stages"][1], **alone})
+    run = run_training(load_recipe(write_recipe(tmp_path / "r.yaml", settings)), tmp_path / "run")
+    cut = {"clip": ["clip.jsonl:2"], "chat": ["chat.jsonl:2"], "words": ["chat.jsonl:2"]}
+    for entry in run.metrics():
+        assert entry["shortened"] == [str(tmp_path / where) for where in cut[entry["stage"]]]
+    said = capsys.readouterr().err
+    for stage, (where,) in cut.items():
+        line = f"\n{stage}: rows that were too long and lost their end: 1 (the first is {tmp_path / where}; "
+        assert said.count(line) == 1
 
 
 @pytest.mark.parametrize("fusion", ["early", "deep"])
