@@ -46,8 +46,8 @@ class BodyBudget:
         ApiError 413 over the bound, 408 when it takes too long to arrive, 429 when too much is held already.
         """
         declared = request.headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > self.per_request:
-            raise self._too_large()
+        if declared.isdigit() and int(declared) > self.per_request and "expect" in request.headers:
+            raise self._too_large()  # the client asks before it sends
         parts: list[bytes] = []
         try:
             await self._read(request, parts)
@@ -60,16 +60,22 @@ class BodyBudget:
         try:
             async with asyncio.timeout(self.seconds):
                 async for part in request.stream():
-                    parts.append(part)
                     size += len(part)
-                    self.held += len(part)
+                    if size > self.together:
+                        break
                     if size > self.per_request:
-                        raise self._too_large()
+                        continue  # most clients read no answer before they have sent everything
+                    parts.append(part)
+                    self.held += len(part)
                     if self.held > self.together:
                         raise queue_is_full()
         except TimeoutError:
+            if size > self.per_request:
+                raise self._too_large() from None
             message = f"the request took longer than {self.seconds:g} seconds to arrive"
             raise ApiError(408, message, code="upload_timeout", headers={"Connection": "close"}) from None
+        if size > self.per_request:
+            raise self._too_large()
 
     def _too_large(self) -> ApiError:
         message = f"the body is over the limit of {self.per_request:,} bytes"
