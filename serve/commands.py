@@ -79,13 +79,13 @@ def run_serve(options: argparse.Namespace) -> int:
     import uvicorn
 
     from serve.app import create_app
-    from serve.server import DrainingServer
+    from serve.server import DrainingServer, listen
 
     app = create_app(engine, processor, name, api_key, max_requests=options.max_batch + options.max_waiting + 8)
     # connections that are still open when all answers are sent don't hold up the end for long
     config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    listen(listener)  # who connects as soon as the line below is read waits a moment, and is served
     engine.start()
-    listener.listen(1024)  # who connects as soon as the line below is read waits a moment, and is served
     host, port = listener.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
     print(

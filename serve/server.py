@@ -29,9 +29,23 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        hint = "; choose another with --port" if error.errno in (98, 48, 10048) else ""
-        raise UserError(f"can't listen on {host}:{port}: {(error.strerror or str(error)).lower()}{hint}") from None
+        raise _not_to_be_had(host, port, error) from None
     return listener
+
+
+def listen(listener: socket.socket) -> None:
+    """Takes connections from now on. UserError when another server was bound alike, and has begun to listen since."""
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise _not_to_be_had(host, port, error) from None
+
+
+def _not_to_be_had(host: str, port: int, error: OSError) -> UserError:
+    hint = "; choose another with --port" if error.errno in (98, 48, 10048) else ""
+    return UserError(f"can't listen on {host}:{port}: {(error.strerror or str(error)).lower()}{hint}")
 
 
 class DrainingServer(uvicorn.Server):

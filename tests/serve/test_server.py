@@ -20,7 +20,7 @@ import uvicorn
 
 from serve.app import create_app
 from serve.media import Limits
-from serve.server import DrainingServer, bind
+from serve.server import DrainingServer, bind, listen
 from tests.serve.helpers import CHAT, chat_body, data_url, endless, picture, slowly, spoiled, wait_until
 from vlm.errors import UserError
 
@@ -135,6 +135,15 @@ def test_a_port_in_use_is_said_before_the_model_loads(tmp_path):
         assert main(["serve", str(tmp_path), "--port", str(port)]) == 1
     with pytest.raises(UserError, match="no address"):
         bind("no.such.host.invalid", 80)
+
+
+def test_of_two_servers_that_start_together_the_later_says_that_the_port_is_in_use():
+    with closing(bind("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        with closing(bind("127.0.0.1", port)) as second:
+            listen(first)
+            with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}.*in use.*--port"):
+                listen(second)
 
 
 @pytest.mark.parametrize("stream", [True, False])
