@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.records import Record
 from data.sources import Source
+from vlm.errors import UserError
 from vlm.images import read_image
 
 Made = TypeVar("Made")
@@ -80,13 +81,20 @@ class Loader(Generic[Made]):
         loader: DataLoader[Any] = DataLoader(
             self.rows,
             batch_sampler=_Positions(self, first),
-            collate_fn=self.make,
+            collate_fn=self._try_to_make,
             num_workers=self.workers,
             persistent_workers=False,
             prefetch_factor=4 if self.workers else None,
             generator=torch.Generator(),  # else making an iterator draws from the run's own random state
         )
-        return iter(loader)
+        return map(_made, loader)
+
+    def _try_to_make(self, pairs: list[tuple[Record, np.random.Generator]]) -> Made | UserError:
+        # raised by whoever asks for the batch: an error that a worker raises comes with its traceback as text
+        try:
+            return self.make(pairs)
+        except UserError as error:
+            return error
 
     def positions(self, first: int) -> Iterator[list[tuple[int, int]]]:
         """(epoch, row) pairs of this rank's part of each batch, from batch number `first` on."""
@@ -103,6 +111,12 @@ class Loader(Generic[Made]):
                 batch.append((epoch, int(known[1][offset])))
             yield batch
             number += 1
+
+
+def _made(batch: Made | UserError) -> Made:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 class _Positions:

@@ -100,13 +100,13 @@ def test_a_broken_row_stops_the_command_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("objective", ["chat", "contrastive"])
+@pytest.mark.parametrize(("objective", "workers"), [("chat", 0), ("chat", 1), ("contrastive", 0)])
 def test_a_broken_image_is_an_error_with_the_row(
-    tmp_path: Path, objective: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, objective: str, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     (tmp_path / "rows.jsonl").write_text('\n{"image": "a.png", "caption": "a cube"}\n')
-    settings = chat_recipe(tmp_path, data=[{"path": "rows.jsonl"}])
+    settings = {**chat_recipe(tmp_path, data=[{"path": "rows.jsonl"}]), "workers": workers}
     if objective == "contrastive":
         settings = with_contrastive_stage(settings)
     assert main(["train", str(write_recipe(tmp_path / "r.yaml", settings)), "--out", str(tmp_path / "run")]) == 1
