@@ -12,10 +12,20 @@ class VisionTower(nn.Module):
         super().__init__()
         self.encoder = AutoModel.from_config(config)
         self.feature_layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+        states: int = config.num_hidden_layers + 1
+        for layer in self.feature_layers:
+            if not -states <= layer < states:
+                raise ValueError(f"feature layer {layer}: the encoder has the {states} layers 0 to {states - 1}")
+        self.patches = (config.image_size // config.patch_size) ** 2
         self.keep_class_token = select == "cls_patch"
         self.feature_size = config.hidden_size * len(self.feature_layers)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.encoder(pixel_values, output_hidden_states=True).hidden_states
         features = torch.cat([hidden_states[layer] for layer in self.feature_layers], dim=-1)
-        return features if self.keep_class_token else features[:, 1:]
+        if not self.keep_class_token:
+            return features[:, -self.patches :]  # what stands before them is a class token, registers, or nothing
+        if features.shape[1] != self.patches + 1:
+            before = features.shape[1] - self.patches
+            raise ValueError(f"feature selection 'cls_patch' needs one class token, and this encoder has {before}")
+        return features
