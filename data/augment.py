@@ -19,8 +19,8 @@ class Augment:
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop is a share of the area, above 0 and up to 1, got {self.crop}")
-        if self.shift < 0 or self.jitter < 0:
-            raise ValueError("shift and jitter can't be negative")
+        if self.shift < 0 or not 0 <= self.jitter < float("inf"):
+            raise ValueError(f"shift and jitter can't be negative or infinite, got {self.shift} and {self.jitter}")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator, edge: int | None = None) -> Image.Image:
         """edge: pixels that the shorter edge needs; a crop is drawn no larger, which spares work on large pictures."""

@@ -1,14 +1,29 @@
 """`Recipe`: everything that decides what a training run does. YAML files, `a.b=c` overrides, frozen dataclasses."""
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from data.augment import Augment
 from vlm.configuration import Connector, CrossAttention
 from vlm.errors import UserError
-from vlm.settings import apply_overrides, parse, read_yaml
+from vlm.settings import (
+    BelowOne,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
+    apply_overrides,
+    nearest,
+    parse,
+    read_yaml,
+)
+from vlm.tokenization import SMALLEST_VOCABULARY
+
+Seed = Annotated[int, Field(ge=0, le=4_000_000)]  # a stage's is a thousand times as much, and NumPy takes 32 bits
 
 PARTS = {
     "contrastive": ("vision_tower", "text_tower", "projections"),
@@ -43,14 +58,22 @@ class Model:
     vision: Backbone = field(default_factory=Backbone)
     language: Backbone = field(default_factory=Backbone)
     text_tower: dict[str, Any] | None = None
-    projection_dim: int = 128
-    tokenizer_vocab: int = 512
+    projection_dim: Count = 128
+    tokenizer_vocab: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] = 512
     fusion: Literal["early", "deep"] = "early"
     connector: Connector = field(default_factory=Connector)
     cross_attention: CrossAttention = field(default_factory=CrossAttention)
     feature_layer: int | list[int] = -2
     feature_select: Literal["patch", "cls_patch"] = "patch"
     image: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.feature_layer == []:
+            raise ValueError("feature_layer needs at least one layer")
+        if self.pretrained is not None:
+            given = [name for name, value in vars(Model()).items() if getattr(self, name) != value]
+            if ignored := [name for name in given if name != "pretrained"]:
+                raise ValueError(f"pretrained is a whole model and brings its own {', '.join(ignored)}; remove these")
 
 
 @dataclass(frozen=True)
@@ -65,9 +88,9 @@ class Data:
 class Lora:
     """LoRA (Hu et al. 2021) on the LM's linear layers: all of them, or those whose name ends in a target."""
 
-    rank: int = 16
-    alpha: int | None = None  # default: 2 x rank
-    dropout: float = 0.0
+    rank: Count = 16
+    alpha: Count | None = None  # default: 2 x rank
+    dropout: BelowOne = 0.0
     targets: tuple[str, ...] = ()
 
 
@@ -83,38 +106,33 @@ class Stage:
     name: str
     objective: Literal["contrastive", "language", "chat"]
     data: tuple[Data, ...]
-    steps: int
-    learning_rates: dict[str, float]
-    batch_size: int = 16
-    micro_batch_size: int | None = None
+    steps: Count
+    learning_rates: dict[str, NotNegative]
+    batch_size: Count = 16
+    micro_batch_size: Count | None = None
     lora: Lora | None = None
     reset: tuple[str, ...] = ()
-    weight_decay: float = 0.0
-    warmup: float = 0.04
+    weight_decay: NotNegative = 0.0
+    warmup: Share = 0.04
     schedule: Literal["cosine", "constant"] = "cosine"
-    clip: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
+    clip: Positive = 1.0
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     train_on: Literal["assistant", "all"] = "assistant"
     shuffle: bool = True
-    group: int = 1
+    group: Count = 1
     augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.data:
             raise ValueError(f"stage {self.name!r} needs data")
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"stage name {self.name!r} can't name a folder")
         known = PARTS[self.objective]
-        for part, rate in self.learning_rates.items():
+        for part in self.learning_rates:
             if part not in known:
-                near = difflib.get_close_matches(part, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"parts here: {', '.join(known)}"
-                raise ValueError(f"learning_rates.{part}: no such part of a {self.objective} stage; {hint}")
-            if rate < 0:
-                raise ValueError(f"learning_rates.{part} can't be negative, got {rate}")
+                raise ValueError(
+                    f"learning_rates.{part}: no such part of a {self.objective} stage; {nearest(part, known)}"
+                )
         if not any(self.learning_rates.values()):
             raise ValueError(f"stage {self.name!r} learns nothing: every learning rate is 0")
         if (self.lora is not None) != bool(self.learning_rates.get("lora")):
@@ -134,16 +152,16 @@ class Recipe:
 
     model: Model
     stages: tuple[Stage, ...]
-    seed: int = 0
+    seed: Seed = 0
     data_root: str = "."
-    context: int | None = None  # tokens a row may have; default: the LM's own
+    context: Count | None = None  # tokens a row may have; default: the LM's own
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    threads: int | None = None
-    workers: int = 0
-    image_cache_mb: int = 1024
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 2
+    threads: Count | None = None
+    workers: Natural = 0
+    image_cache_mb: Natural = 1024
+    checkpoint_every: Count = 200
+    keep_checkpoints: Count = 2
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2CLS
 
-from vlm.settings import parse
+from vlm.settings import Count, NotNegative, nearest, parse
 
 
 @dataclass(frozen=True)
@@ -19,37 +20,31 @@ class Connector:
     """
 
     type: Literal["mlp", "perceiver"] = "mlp"
-    depth: int = 2
+    depth: Count = 2
     activation: str = "gelu"
-    pool: int = 1
+    pool: Count = 1
     pooling: Literal["average", "concat"] = "average"
-    num_latents: int = 64
-    heads: int = 8
-    head_dim: int = 64
-    ff_mult: int = 4
-    position_std: float = 0.0  # > 0 adds learned positions to the patches, drawn with this deviation
+    num_latents: Count = 64
+    heads: Count = 8
+    head_dim: Count = 64
+    ff_mult: Count = 4
+    position_std: NotNegative = 0.0  # > 0 adds learned positions to the patches, drawn with this deviation
 
     def __post_init__(self) -> None:
-        for name in ("depth", "pool", "num_latents", "heads", "head_dim", "ff_mult"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"connector.{name} must be at least 1, got {getattr(self, name)}")
+        if self.activation not in ACT2CLS:
+            raise ValueError(f"activation {self.activation!r} is unknown; {nearest(self.activation, ACT2CLS)}")
 
 
 @dataclass(frozen=True)
 class CrossAttention:
     """The gated blocks of deep fusion: one before every `every`-th decoder layer (Flamingo, section 3.2)."""
 
-    every: int = 1
-    heads: int = 8
-    head_dim: int = 64
-    ff_mult: int = 4
+    every: Count = 1
+    heads: Count = 8
+    head_dim: Count = 64
+    ff_mult: Count = 4
     attend: Literal["last", "all"] = "last"
     ffn_without_media: Literal["apply", "zero"] = "apply"
-
-    def __post_init__(self) -> None:
-        for name in ("every", "heads", "head_dim", "ff_mult"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"cross_attention.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @strict

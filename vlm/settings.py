@@ -2,18 +2,27 @@
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from vlm.errors import UserError
 
 T = TypeVar("T")
+
+# what a setting may be, checked by `parse`
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -69,6 +78,12 @@ def parse(kind: type[T], settings: Any, source: str) -> T:
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     """Building one takes a millisecond, and models parse parts of their configuration in every forward."""
     return TypeAdapter(kind)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """A hint for a name that isn't known: the one that was meant, or all there are."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
 
 
 def dump(settings: Any) -> str:
@@ -130,10 +145,7 @@ def _explain(kind: Any, detail: Any) -> str:
     path = [part for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
     where = ".".join(str(part) for part in path) or "settings"
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _keys_at(kind, path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{where}: unknown setting; {hint}"
+        return f"{where}: unknown setting; {nearest(str(path[-1]), _keys_at(kind, path[:-1]))}"
     if detail["type"] in ("missing", "missing_argument"):
         return f"{where}: required, and missing"
     message = str(detail["msg"]).removeprefix("Value error, ")

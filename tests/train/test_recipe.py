@@ -30,14 +30,17 @@ def test_a_typo_is_answered_with_its_path_and_the_nearest_name(scenes: Path, tmp
     ("override", "message"),
     [
         ("stages.chat.learning_rates.conector=1e-3", "did you mean 'connector'"),
-        ("stages.chat.steps=0", "steps must be at least 1"),
+        ("stages.chat.steps=0", r"stages\.0\.steps: .*greater than or equal to 1 \(got 0\)"),
         ("stages.chat.steps=many", "stages.0.steps"),
         ("stages.tune.steps=3", "no entry 'tune'"),
         ("stages.chat.learning_rates.lora=1e-3", "lora settings and a learning rate for lora go together"),
         ("stages.chat.reset=[q_proj] stages.chat.learning_rates.language_model=0", "reset is for chat stages"),
         ("stages.chat.micro_batch_size=3", "doesn't divide"),
         ("model.vision.stage=clip", "no stage 'clip'"),
-        ("model.connector.depth=0", "at least 1"),
+        ("model.connector.depth=0", r"model\.connector\.depth: .*greater"),
+        ("model.connector.activation=gellu", "activation 'gellu' is unknown; did you mean 'gelu'"),
+        ("model.feature_layer=[]", "feature_layer needs at least one layer"),
+        ("model.pretrained=runs/demo/model", "brings its own vision, language, tokenizer_vocab"),
         ("data_root=nowhere", "is no folder"),
         ("model.vision", "write it as"),
     ],
@@ -48,6 +51,48 @@ def test_what_can_not_work_is_refused_with_its_place(scenes: Path, tmp_path: Pat
     settings["model"]["vision"]["pretrained"] = "somewhere"
     with pytest.raises(UserError, match=message):
         load_recipe(write_recipe(tmp_path / "r.yaml", settings), override.split())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "checkpoint_every=0",
+        "keep_checkpoints=0",
+        "seed=-1",
+        "seed=5000000",
+        "workers=-1",
+        "image_cache_mb=-1",
+        "threads=0",
+        "threads=-1",
+        "context=0",
+        "context=-5",
+        "model.tokenizer_vocab=261",
+        "model.projection_dim=0",
+        "model.connector.position_std=-1",
+        "model.connector.position_std=.nan",
+        "model.cross_attention.every=0",
+        "stages.0.group=0",
+        "stages.0.micro_batch_size=0",
+        "stages.0.micro_batch_size=-2",
+        "stages.0.learning_rates.connector=.nan",
+        "stages.0.learning_rates.connector=.inf",
+        "stages.0.learning_rates.connector=-1",
+        "stages.0.lora.rank=0",
+        "stages.0.lora.alpha=0",
+        "stages.0.lora.dropout=2",
+        "stages.0.betas=[0.9,2]",
+        "stages.0.warmup=7",
+        "stages.0.warmup=-0.1",
+        "stages.0.clip=0",
+        "stages.0.clip=.nan",
+        "stages.0.weight_decay=-1",
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_path(scenes: Path, tmp_path: Path, override: str) -> None:
+    settings = chat_recipe(scenes, lora={"rank": 2}, learning_rates={"connector": 1e-3, "lora": 1e-3})
+    path = override.partition("=")[0].replace(".", r"\.")
+    with pytest.raises(UserError, match=rf": {path}(\.1)?: input should be [^;]*$"):
+        load_recipe(write_recipe(tmp_path / "r.yaml", settings), [override])
 
 
 def test_a_stored_recipe_reads_back_equal(scenes: Path, tmp_path: Path) -> None:
