@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPModel,
     CLIPVisionConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -56,42 +59,36 @@ def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
 
 def build_clip(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
     """A CLIP whose vision tower is the recipe's encoder and whose text tower reads the recipe's tokenizer."""
-    if recipe.model.vision.config is None or recipe.model.text_tower is None:
-        raise UserError("a contrastive stage needs model.vision.config and model.text_tower")
+    vision, text = clip_settings(recipe.model)
     text = {
         "vocab_size": len(tokenizer),
         "bos_token_id": None,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|assistant|>"),
         "pad_token_id": tokenizer.pad_token_id,
         "max_position_embeddings": 77,
-        **recipe.model.text_tower,
+        **text,
     }
-    return make_clip(recipe.model.vision.config, text, recipe.model.projection_dim)
+    return make_clip(vision, text, recipe.model.projection_dim)
+
+
+def clip_settings(spec: Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of both towers."""
+    if spec.vision.config is None or spec.text_tower is None:
+        raise UserError("a contrastive stage needs model.vision.config and model.text_tower")
+    return spec.vision.config, spec.text_tower
 
 
 def build_language_model(backbone: Backbone, tokenizer: PreTrainedTokenizerBase, run: Run) -> PreTrainedModel:
     """A causal LM with at least as many embeddings as the tokenizer has tokens."""
     pretrained = _trained(backbone, run)
     if pretrained is not None:
-        check_source(pretrained)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+        model = _load(AutoModelForCausalLM, pretrained)
         if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
             model.resize_token_embeddings(len(tokenizer))
         return model
-    if backbone.config is None:
-        raise UserError("model.language needs pretrained or config")
-    settings = dict(backbone.config)
-    kind = settings.pop("model_type", "llama")
-    if kind not in CONFIG_MAPPING:
-        raise UserError(f"model.language.config.model_type: unknown {kind!r}")
-    ids = {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    built: PreTrainedModel = AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING[kind](**{"vocab_size": len(tokenizer), **ids, **settings})
-    )
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = language_config(backbone, vocab_size=len(tokenizer), **ids)
+    built: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return built
 
 
@@ -99,14 +96,33 @@ def build_encoder(backbone: Backbone, run: Run) -> PreTrainedModel:
     """A vision encoder; of a saved CLIP the vision half."""
     pretrained = _trained(backbone, run)
     if pretrained is not None:
-        check_source(pretrained)
-        model = AutoModel.from_pretrained(pretrained, dtype=torch.float32)
+        model = _load(AutoModel, pretrained)
         encoder: PreTrainedModel = getattr(model, "vision_model", model)
         return encoder
+    built: PreTrainedModel = AutoModel.from_config(encoder_config(backbone))
+    return built
+
+
+def language_config(backbone: Backbone, **defaults: Any) -> PreTrainedConfig:
+    """The configuration of the recipe's LM; `defaults` are for what a `config` leaves out."""
+    if backbone.pretrained is not None:
+        return _read_config(backbone.pretrained)
+    if backbone.config is None:
+        raise UserError("model.language needs pretrained or config")
+    settings = dict(backbone.config)
+    config: PreTrainedConfig = CONFIG_MAPPING[settings.pop("model_type", "llama")](**{**defaults, **settings})
+    return config
+
+
+def encoder_config(backbone: Backbone) -> PreTrainedConfig:
+    """The configuration of the recipe's encoder; of a saved CLIP's the vision half."""
+    if backbone.pretrained is not None:
+        config = _read_config(backbone.pretrained)
+        half: PreTrainedConfig = getattr(config, "vision_config", config)
+        return half
     if backbone.config is None:
         raise UserError("model.vision needs pretrained or config")
-    built: PreTrainedModel = AutoModel.from_config(CLIPVisionConfig(**backbone.config))
-    return built
+    return CLIPVisionConfig(**backbone.config)
 
 
 def build_model(
@@ -118,22 +134,29 @@ def build_model(
         return load(spec.pretrained, dtype=torch.float32)
     encoder = build_encoder(spec.vision, run)
     language_model = build_language_model(spec.language, tokenizer, run)
-    config = VisionLanguageConfig(
-        vision_config=encoder.config,
-        text_config=language_model.config,
-        fusion=spec.fusion,
-        connector=plain(vars(spec.connector)),
-        cross_attention=plain(vars(spec.cross_attention)) if spec.fusion == "deep" else None,
-        vision_feature_layer=spec.feature_layer,
-        vision_feature_select=spec.feature_select,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-    )
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    config = fused_config(spec, encoder.config, language_model.config, image_token)
     model = VisionLanguageModel(config)
     model.vision_tower.encoder.load_state_dict(encoder.state_dict())
     model.language_model.load_state_dict(language_model.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor_of(spec, encoder.config, tokenizer, config.placeholders_per_image)
+
+
+def fused_config(
+    spec: Model, vision: PreTrainedConfig, language: PreTrainedConfig, image_token: int
+) -> VisionLanguageConfig:
+    return VisionLanguageConfig(
+        vision_config=vision,
+        text_config=language,
+        fusion=spec.fusion,
+        connector=plain(vars(spec.connector)),
+        cross_attention=plain(vars(spec.cross_attention)) if spec.fusion == "deep" else None,
+        vision_feature_layer=spec.feature_layer,
+        vision_feature_select=spec.feature_select,
+        image_token_id=image_token,
+    )
 
 
 def processor_of(
@@ -147,6 +170,25 @@ def _trained(backbone: Backbone, run: Run) -> str | Path | None:
     if backbone.stage is not None and (run.stage(backbone.stage) / "config.json").is_file():
         return run.stage(backbone.stage)
     return backbone.pretrained
+
+
+def _load(kind: Any, source: str | Path) -> PreTrainedModel:
+    """A backbone with its weights, which never come from a pickle, whatever else lies in the folder."""
+    check_source(source)
+    try:
+        model: PreTrainedModel = kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{source}: cannot be loaded ({' '.join(str(error).split())})") from error
+    return model
+
+
+def _read_config(source: str) -> PreTrainedConfig:
+    check_source(source)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: cannot be loaded ({' '.join(str(error).split())})") from error
+    return config
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from data.loader import ImageCache, Loader, Order, Rows
 from train.build import open_sources
+from train.check import check_processes, check_recipe, check_rows
 from train.monitor import Monitor
 from train.objectives import Objective, Pair, build_objective
 from train.parts import assert_only_these_learn, make_optimizer, manifest, split_into_parts
@@ -34,17 +35,32 @@ class Stopped(KeyboardInterrupt):
 def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
     """Trains all stages of a recipe into `folder`; stages that are finished there are not repeated."""
     device = pick_device(recipe.device)
-    recipe = resolved(recipe, torch.get_num_threads())
-    _prepare_process(recipe, device)
     run = Run(folder)
-    for stage in recipe.stages:
-        for source in open_sources(recipe, stage):
-            source.check(one_image=stage.objective == "contrastive")
-    run.claim(recipe, resume)
-    if run.finished:
-        return run
+    held = run.held()
+    recipe = resolved(recipe, held, torch.get_num_threads())
+    _prepare_process(recipe, device)
     precision = "bf16" if pick_dtype(recipe.precision, device) is torch.bfloat16 else "no"
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    check_processes(recipe, accelerator.num_processes)
+    if held is None:
+        check_recipe(recipe)
+    for stage in recipe.stages:
+        check_rows(recipe, stage)
+    claimed = accelerator.is_main_process and run.claim(recipe, resume)
+    accelerator.wait_for_everyone()
+    if run.finished:
+        return run
+    try:
+        run_stages(recipe, run, accelerator)
+    except BaseException:
+        if claimed:
+            run.abandon()
+        raise
+    return run
+
+
+def run_stages(recipe: Recipe, run: Run, accelerator: Accelerator) -> None:
+    """Whatever is left of a claimed run."""
     read = ImageCache(recipe.image_cache_mb << 20)
     checkpoint = latest(run.checkpoints)
     at = read_position(checkpoint) if checkpoint else None
@@ -65,7 +81,6 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
             accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             link_folder(run.stage(recipe.stages[-1].name), run.model)
-    return run
 
 
 def run_stage(
@@ -169,8 +184,6 @@ def make_loader(
     """Batches of this rank, each as a list of micro-batches."""
     rows = Rows(open_sources(recipe, stage), recipe.seed * 1000 + index)
     world, micro = accelerator.num_processes, stage.micro_batch_size or stage.batch_size
-    if stage.batch_size % world:
-        raise UserError(f"{stage.name}: batch_size {stage.batch_size} can't be shared by {world} processes")
     micro = min(micro, stage.batch_size // world)
 
     def make(pairs: list[Pair]) -> list[Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from train.recipe import Stage
+from vlm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ def split_into_parts(model: nn.Module, stage: Stage) -> list[Part]:
         members.setdefault(part_of(name, stage.objective), []).append((name, parameter))
     missing = {part for part, rate in stage.learning_rates.items() if rate} - set(members)
     if missing:
-        raise ValueError(
-            f"stage {stage.name!r} gives a learning rate to {', '.join(sorted(missing))}, which this model lacks"
+        raise UserError(
+            f"stages.{stage.name}.learning_rates.{min(missing)}: this model has no such part; "
+            f"it has {', '.join(sorted(members))}"
         )
     parts = [Part(name, stage.learning_rates.get(name, 0.0), tuple(held)) for name, held in members.items()]
     for part in parts:

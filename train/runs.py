@@ -1,6 +1,8 @@
 """A run's folder: what lies where, and which recipe it belongs to."""
 
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,17 @@ class Run:
     def finished(self) -> bool:
         return (self.model / "config.json").is_file()
 
-    def claim(self, recipe: Recipe, resume: bool) -> None:
-        """Makes the folder this recipe's. UserError if it holds another's run, or this one's and `resume` is off."""
-        if self.recipe_file.is_file():
-            held = parse(Recipe, read_yaml(self.recipe_file), str(self.recipe_file))
+    def held(self) -> Recipe | None:
+        """The recipe whose run the folder holds."""
+        if not self.recipe_file.is_file():
+            return None
+        return parse(Recipe, read_yaml(self.recipe_file), str(self.recipe_file))
+
+    def claim(self, recipe: Recipe, resume: bool) -> bool:
+        """Makes the folder this recipe's; True when it was empty. UserError if it holds another's run, or this one's
+        and `resume` is off."""
+        held = self.held()
+        if held is not None:
             if held != recipe:
                 raise UserError(
                     f"{self.folder}: holds the run of another recipe ({_difference(held, recipe)}); use another --out"
@@ -42,13 +51,26 @@ class Run:
                 raise UserError(
                     f"{self.folder}: holds {state} of this recipe; --resume goes on with it, or use another --out"
                 )
-            return
+            return False
         if self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder}: not empty, and not a run; use another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.recipe_file.with_suffix(".partial")
         partial.write_text(dump(recipe), encoding="utf-8")
         partial.rename(self.recipe_file)
+        return True
+
+    def abandon(self) -> None:
+        """Removes the run if it hasn't done a step, so that it doesn't stand in the way of the next."""
+        if self.metrics_file.is_file() and self.metrics_file.stat().st_size:
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.is_file():
@@ -72,9 +94,11 @@ class Run:
         partial.replace(self.metrics_file)
 
 
-def resolved(recipe: Recipe, threads: int) -> Recipe:
-    """The recipe as a run stores it: absolute data folder, the thread count that its figures depend on."""
-    return replace(recipe, data_root=str(Path(recipe.data_root).resolve()), threads=recipe.threads or threads)
+def resolved(recipe: Recipe, held: Recipe | None, threads: int) -> Recipe:
+    """The recipe as a run stores it: absolute data folder, and the thread count that its figures depend on, which is
+    the stored one where the recipe names none."""
+    threads = recipe.threads or (held.threads if held else None) or threads
+    return replace(recipe, data_root=str(Path(recipe.data_root).resolve()), threads=threads)
 
 
 def _difference(held: Recipe, new: Recipe) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from PIL import Image
 from transformers import BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase, ProcessorMixin
 
 from vlm.chat import ChatEncoder
+from vlm.errors import UserError
+from vlm.settings import nearest
 from vlm.tokenization import IMAGE_TOKEN
 
 MAX_ASPECT = 50
@@ -70,16 +72,25 @@ def make_processor(
     tokenizer: PreTrainedTokenizerBase, image_size: int, placeholders: int, **image_settings: Any
 ) -> VisionLanguageProcessor:
     """A processor for a model put together here: CLIP's preprocessing at `image_size` unless told otherwise."""
+    return VisionLanguageProcessor(
+        image_processor=make_image_processor(image_size, **image_settings),
+        tokenizer=tokenizer,
+        placeholders_per_image=placeholders,
+    )
+
+
+def make_image_processor(image_size: int, **image_settings: Any) -> CLIPImageProcessorPil:
+    """CLIP's preprocessing. UserError for a setting that it doesn't know, and would ignore."""
+    known = get_type_hints(CLIPImageProcessorPil.valid_kwargs)
+    for name in image_settings:
+        if name not in known:
+            raise UserError(f"model.image.{name}: unknown setting; {nearest(name, known)}")
     settings = {
         "size": {"shortest_edge": image_size},
         "crop_size": {"height": image_size, "width": image_size},
         **image_settings,
     }
-    return VisionLanguageProcessor(
-        image_processor=CLIPImageProcessorPil(**settings),
-        tokenizer=tokenizer,
-        placeholders_per_image=placeholders,
-    )
+    return CLIPImageProcessorPil(**settings)
 
 
 def _middle(image: Image.Image) -> Image.Image:

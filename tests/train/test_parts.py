@@ -43,7 +43,7 @@ def test_every_parameter_is_in_one_part_and_only_named_parts_learn(tiny_models: 
 
 def test_a_rate_for_a_part_that_the_model_lacks_is_refused(tiny_models: Any) -> None:
     model, _ = load(tiny_models("early", "mlp"))
-    with pytest.raises(ValueError, match="gives a learning rate to gates"):
+    with pytest.raises(ValueError, match=r"\.learning_rates\.gates: this model has no such part; it has connector, "):
         split_into_parts(model, chat_stage({"gates": 1e-3}))
 
 

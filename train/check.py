@@ -1,0 +1,160 @@
+"""What can be known of a recipe before it runs: every stage is built without weights, before anything is written."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from train.adapters import add_lora, target_modules
+from train.build import clip_settings, encoder_config, fused_config, language_config, open_sources
+from train.parts import split_into_parts
+from train.recipe import Model, Recipe, Stage
+from vlm.checkpoint import ADAPTER_CONFIG, check_source
+from vlm.configuration import VisionLanguageConfig
+from vlm.contrastive import make_clip
+from vlm.errors import UserError
+from vlm.modeling import VisionLanguageModel
+from vlm.processing import make_image_processor
+from vlm.settings import nearest
+
+NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+# transformers takes these beside a configuration's own fields
+EXTRA = {"attn_implementation"}
+ROPE = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """UserError for settings, parts, layers and folders that a stage of the recipe asks for in vain."""
+    _check_names(recipe.model)
+    for stage in recipe.stages:
+        where = f"stages.{stage.name}"
+        with torch.device("meta"):
+            model = _network(recipe, stage)
+            with _blame(where):
+                if stage.reset:
+                    target_modules(model, stage.reset, f"{where}.reset")
+                if stage.lora:
+                    target_modules(model, stage.lora.targets, f"{where}.lora.targets")
+                    add_lora(model, stage.lora)
+        split_into_parts(model, stage)
+
+
+def check_processes(recipe: Recipe, processes: int) -> None:
+    for stage in recipe.stages:
+        where = f"stages.{stage.name}"
+        if stage.batch_size % processes:
+            raise UserError(f"{where}.batch_size: {stage.batch_size} can't be shared by {processes} processes")
+        if stage.objective == "contrastive" and processes > 1:
+            raise UserError(f"{where}: a contrastive batch can't be shared by {processes} processes; start only one")
+
+
+def check_rows(recipe: Recipe, stage: Stage) -> None:
+    """Reads all data of a stage. UserError for the first row that is broken, or for fewer rows than a group has."""
+    rows = 0
+    for source in open_sources(recipe, stage):
+        source.check(one_image=stage.objective == "contrastive")
+        rows += len(source)
+    if stage.group > rows:
+        raise UserError(f"stages.{stage.name}.group: {stage.group} rows can't be neighbours where there are {rows}")
+
+
+def _check_names(spec: Model) -> None:
+    if spec.vision.config is not None:
+        _check_fields("model.vision.config", spec.vision.config, CLIPVisionConfig)
+    if spec.text_tower is not None:
+        _check_fields("model.text_tower", spec.text_tower, CLIPTextConfig)
+    if spec.language.config is not None:
+        kind = str(spec.language.config.get("model_type", "llama"))
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind not in CONFIG_MAPPING:
+            near = nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+            raise UserError(f"model.language.config.model_type: no language model is called {kind!r}; {near}")
+        _check_fields("model.language.config", spec.language.config, CONFIG_MAPPING[kind])
+
+
+def _check_fields(where: str, settings: dict[str, Any], kind: type[PreTrainedConfig]) -> None:
+    """transformers takes any setting, and goes on without the one that was meant."""
+    if settings.get("model_type", kind.model_type) != kind.model_type:
+        raise UserError(f"{where}.model_type: has to be {kind.model_type!r}; other kinds come by pretrained")
+    known = {field.name for field in fields(kind) if field.init} | set(kind.attribute_map) | EXTRA | {"model_type"}
+    known |= ROPE if "rope_parameters" in known else set()
+    for name in settings:
+        if name not in known:
+            raise UserError(f"{where}.{name}: unknown setting; {nearest(name, known)}")
+
+
+def _network(recipe: Recipe, stage: Stage) -> Any:
+    """The network of a stage without its weights."""
+    spec = recipe.model
+    if stage.objective == "contrastive":
+        vision, text = clip_settings(spec)
+        with _blame("model.vision.config or model.text_tower"):
+            clip = make_clip(vision, {**NO_IDS, **text}, spec.projection_dim)
+        _check_pictures(spec, clip.config.vision_config)
+        return clip
+    if spec.pretrained is not None and stage.objective == "chat":
+        config = _saved_config(spec.pretrained)
+    else:
+        with _blame("model.language"):
+            language = language_config(spec.language, **NO_IDS)
+            model = AutoModelForCausalLM.from_config(language)
+        if stage.objective == "language":
+            _check_context(recipe, language)
+            return model
+        with _blame("model.vision"):
+            encoder = encoder_config(spec.vision)
+        config = fused_config(spec, encoder, language, 0)
+        _check_pictures(spec, encoder)
+    _check_context(recipe, config.text_config)
+    with _blame("model"):
+        fused = VisionLanguageModel(config)
+        vision_config: Any = config.vision_config
+        fused.encode_images(torch.empty(1, 3, vision_config.image_size, vision_config.image_size))
+    return fused
+
+
+def _saved_config(source: str) -> VisionLanguageConfig:
+    folder = Path(source)
+    if (folder / ADAPTER_CONFIG).is_file():
+        from peft import PeftConfig
+
+        source = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    check_source(source, model_type="vlm")
+    with _blame("model.pretrained"):
+        config: VisionLanguageConfig = VisionLanguageConfig.from_pretrained(source)
+    return config
+
+
+def _check_context(recipe: Recipe, language: Any) -> None:
+    longest = getattr(language, "max_position_embeddings", None)
+    if recipe.context is None and longest is None:
+        raise UserError("context: the language model names no longest one of its own; give it")
+    if recipe.context is not None and longest is not None and recipe.context > longest:
+        raise UserError(f"context: {recipe.context} is more than the {longest} tokens that the language model can read")
+
+
+def _check_pictures(spec: Model, encoder: Any) -> None:
+    """The image processor makes what the encoder takes, of a picture that isn't square."""
+    size = encoder.image_size
+    with _blame("model.image"), torch.device("cpu"):
+        processor = make_image_processor(size, **spec.image)
+        made = processor([Image.new("RGB", (3 * size, 2 * size))], return_tensors="np")["pixel_values"][0].shape
+    if tuple(made) != (3, size, size):
+        raise UserError(f"model.image: makes pictures of the shape {made}, and the encoder takes (3, {size}, {size})")
+
+
+@contextmanager
+def _blame(where: str) -> Iterator[None]:
+    """transformers fails in many ways on settings that don't fit together; this names the place, on one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
