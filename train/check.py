@@ -103,12 +103,17 @@ def _network(recipe: Recipe, stage: Stage) -> Any:
     else:
         with _blame("model.language"):
             language = language_config(spec.language, **NO_IDS)
+            if language.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+                kind = language.model_type
+                raise UserError(f"{spec.language.pretrained}: a {kind!r} model, where a language model is needed")
             model = AutoModelForCausalLM.from_config(language)
         if stage.objective == "language":
             _check_context(recipe, language)
             return model
         with _blame("model.vision"):
             encoder = encoder_config(spec.vision)
+        if not hasattr(encoder, "image_size"):
+            raise UserError(f"{spec.vision.pretrained}: a {encoder.model_type!r} model, where an encoder is needed")
         config = fused_config(spec, encoder, language, 0)
         _check_pictures(spec, encoder)
     _check_context(recipe, config.text_config)

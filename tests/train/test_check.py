@@ -94,6 +94,28 @@ def test_what_transformers_knows_by_another_name_is_no_typo(
     check_recipe(load_recipe(write_recipe(tmp_path / "r.yaml", recipe)))
 
 
+def test_an_encoder_is_no_language_model(
+    scenes: Path, tiny_models: TinyModels, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model, _ = load(tiny_models("early", "mlp"))
+    save(model.language_model, tiny_tokenizer, tmp_path / "words")
+    save(model.vision_tower.encoder, tiny_tokenizer, tmp_path / "eyes")
+    settings = chat_recipe(scenes)
+    for vision, language, message in (
+        ("eyes", "words", None),
+        ("words", "words", "words: a 'llama' model, where an encoder is needed"),
+        ("eyes", "eyes", "eyes: a 'clip_vision_model' model, where a language model is needed"),
+    ):
+        folders = {"vision": vision, "language": language}
+        settings["model"] |= {part: {"pretrained": str(tmp_path / name)} for part, name in folders.items()}
+        recipe = load_recipe(write_recipe(tmp_path / "r.yaml", settings))
+        if message is None:
+            check_recipe(recipe)
+        else:
+            with pytest.raises(UserError, match=message):
+                check_recipe(recipe)
+
+
 def test_a_run_without_a_step_leaves_nothing_and_one_with_a_step_stays(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
