@@ -54,6 +54,11 @@ def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
             tokenizer = train_tokenizer(_texts(recipe), recipe.model.tokenizer_vocab, context)
         tokenizer.save_pretrained(run.tokenizer)
     loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(run.tokenizer)
+    towers = {"model.language.config": recipe.model.language.config, "model.text_tower": recipe.model.text_tower}
+    for where, settings in towers.items():
+        size = (settings or {}).get("vocab_size", len(loaded))
+        if size < len(loaded):
+            raise UserError(f"{where}.vocab_size: {size} is less than the tokenizer's {len(loaded)}; leave it out")
     return loaded
 
 

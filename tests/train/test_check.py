@@ -53,19 +53,25 @@ def two_stages(scenes: Path) -> dict[str, Any]:
         ("model.language.config.hidden_size=many", "model.language: .*hidden_size"),
         ("model.language.config.num_attention_heads=3", "model.language: "),
         ("model.language.config=null", "model.language needs pretrained or config"),
-        ("model.language={pretrained: ./gone}", "./gone: no such model folder"),
+        ("model.language.config=null model.language.pretrained=./gone", "./gone: no such model folder"),
         ("model.text_tower=null", "needs model.vision.config and model.text_tower"),
         ("model.feature_layer=-9", "model: feature layer -9"),
         ("context=4096", "context: 4096 is more than the 512 tokens"),
         ("stages.chat.lora.targets=[nope]", "stages.chat.lora.targets: the language model has no nope"),
         ("stages.chat.learning_rates.gates=1e-3", "stages.chat.learning_rates.gates: this model has no such part"),
+        (
+            "stages.chat.reset=[w_proj] stages.chat.learning_rates.language_model=1e-3",
+            "stages.chat.reset: the language model has no w_proj",
+        ),
+        ("model.language.config.vocab_size=100", "model.language.config.vocab_size: 100 is less than the tokenizer's"),
+        ("model.text_tower.vocab_size=100", "model.text_tower.vocab_size: 100 is less than the tokenizer's"),
         ("stages.chat.group=1000", "stages.chat.group: 1000 rows can't be neighbours where there are "),
     ],
 )
 def test_what_can_be_known_is_said_before_the_first_stage(
     scenes: Path, tmp_path: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", two_stages(scenes)), [override])
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", two_stages(scenes)), override.split())
     with pytest.raises(UserError, match=message) as raised:
         run_training(recipe, tmp_path / "run")
     assert "\n" not in str(raised.value)
