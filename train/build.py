@@ -73,7 +73,7 @@ def build_clip(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
         "max_position_embeddings": 77,
         **text,
     }
-    return make_clip(vision, text, recipe.model.projection_dim)
+    return make_clip(vision, text, recipe.model.projection_dim, recipe.model.vision_position_std)
 
 
 def clip_settings(spec: Model) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from data.augment import Augment
 from vlm.configuration import Connector, CrossAttention
+from vlm.contrastive import POSITION_STD
 from vlm.errors import UserError
 from vlm.settings import (
     BelowOne,
@@ -50,8 +51,9 @@ class Backbone:
 class Model:
     """What is built. `pretrained` goes on from a saved model; else the parts are put together.
 
-    text_tower: CLIPTextConfig fields of contrastive stages; tokenizer_vocab: size of the byte-level tokenizer that is
-    made from the recipe's texts when the LM brings none; image: settings of the image processor.
+    text_tower: CLIPTextConfig fields of contrastive stages; vision_position_std: deviation of a new encoder's
+    positions, large where places matter, .02 where only shapes do; tokenizer_vocab: size of the byte-level tokenizer
+    that is made from the recipe's texts when the LM brings none; image: settings of the image processor.
     """
 
     pretrained: str | None = None
@@ -59,6 +61,7 @@ class Model:
     language: Backbone = field(default_factory=Backbone)
     text_tower: dict[str, Any] | None = None
     projection_dim: Count = 128
+    vision_position_std: Positive = POSITION_STD
     tokenizer_vocab: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] = 512
     fusion: Literal["early", "deep"] = "early"
     connector: Connector = field(default_factory=Connector)

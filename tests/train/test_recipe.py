@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 from tests.train.recipes import chat_recipe, with_contrastive_stage, write_recipe
+from train.build import build_clip
 from train.recipe import Recipe, load_recipe
 from train.runs import Run
 from vlm.cli import main
 from vlm.errors import UserError
 from vlm.settings import dump, parse
+from vlm.tokenization import train_tokenizer
 
 
 def test_a_typo_is_answered_with_its_path_and_the_nearest_name(scenes: Path, tmp_path: Path) -> None:
@@ -202,3 +204,13 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(scenes: Path, tmp_path: Path) -
     assert "Traceback" not in error
     done = metrics.read_text().count("\n")
     assert (tmp_path / "run" / "checkpoints" / f"step-{done}").is_dir()
+
+
+def test_positions_of_a_new_encoder_start_as_wide_as_the_recipe_says(scenes: Path, tmp_path: Path) -> None:
+    settings = with_contrastive_stage(chat_recipe(scenes))
+    tokenizer = train_tokenizer(["a red circle"], 330, 64)
+    for std in (0.02, 0.3):
+        settings["model"]["vision_position_std"] = std
+        clip = build_clip(load_recipe(write_recipe(tmp_path / "r.yaml", settings)), tokenizer)
+        drawn = float(clip.vision_model.embeddings.position_embedding.weight.std())
+        assert drawn == pytest.approx(std, rel=0.15)
