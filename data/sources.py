@@ -62,17 +62,17 @@ class Source:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.where(index)}: not valid JSON ({error})") from None
 
-    def check(self, one_image: bool = False) -> None:
+    def check(self, images: int | None = None) -> None:
         """Reads every row once, so that a run doesn't find a broken one hours later. Raises for the first.
 
-        one_image: rows with none or several are broken, too.
+        images: rows with another number of them are broken, too.
         """
         broken: list[str] = []
         for index in range(len(self)):
             try:
                 record = self[index]
-                if one_image and len(record.images) != 1:
-                    raise UserError(f"{record.where}: {len(record.images)} images, where a contrastive stage needs one")
+                if images is not None and len(record.images) != images:
+                    raise UserError(f"{record.where}: has {len(record.images)} images, where the stage takes {images}")
             except UserError as error:
                 broken.append(str(error))
         if broken:

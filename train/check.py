@@ -59,7 +59,7 @@ def check_rows(recipe: Recipe, stage: Stage) -> None:
     """Reads all data of a stage. UserError for the first row that is broken, or for fewer rows than a group has."""
     rows = 0
     for source in open_sources(recipe, stage):
-        source.check(one_image=stage.objective == "contrastive")
+        source.check(images={"contrastive": 1, "language": 0}.get(stage.objective))
         rows += len(source)
     if stage.group > rows:
         raise UserError(f"stages.{stage.name}.group: {stage.group} rows can't be neighbours where there are {rows}")

@@ -125,13 +125,16 @@ def test_a_sound_file_passes_its_check(tmp_path: Path) -> None:
     Source(write(tmp_path / "rows.jsonl", line("a") + b"\n" + line("b" * 1_000_000))).check()
 
 
-def test_rows_without_their_one_image_can_be_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("images", "number", "found"), [(1, 2, 0), (0, 1, 1)])
+def test_rows_with_another_number_of_images_than_asked_for_are_broken(
+    tmp_path: Path, images: int, number: int, found: int
+) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     rows = [{**ROW, "image": "a.png"}, ROW]
     source = Source(write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)).encode()))
     source.check()
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: 0 images, where a contrastive stage needs one$"):
-        source.check(one_image=True)
+    with pytest.raises(UserError, match=rf"rows\.jsonl:{number}: has {found} images, where the stage takes {images}$"):
+        source.check(images=images)
 
 
 def test_a_file_or_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

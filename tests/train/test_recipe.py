@@ -168,7 +168,7 @@ def test_a_row_without_image_stops_a_contrastive_stage_before_anything_is_writte
     (tmp_path / "rows.jsonl").write_text('{"question": "what?", "answer": "a cube"}\n')
     settings = with_contrastive_stage(chat_recipe(tmp_path, data=[{"path": "rows.jsonl"}]))
     assert main(["train", str(write_recipe(tmp_path / "r.yaml", settings)), "--out", str(tmp_path / "run")]) == 1
-    assert "rows.jsonl:1: 0 images, where a contrastive stage needs one" in capsys.readouterr().err
+    assert "rows.jsonl:1: has 0 images, where the stage takes 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
