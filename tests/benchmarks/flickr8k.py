@@ -270,7 +270,9 @@ def main() -> None:
                 found[recipe].append(found_here["none/accuracy"])
                 found[f"{recipe}, shuffled"].append(found_here["shuffled/accuracy"])
             figures[recipe] = {"seconds": seconds, **found_here}
-        (out / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        kept = out / "figures.json"  # of recipes that were run before
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        kept.write_text(json.dumps({**known, **figures}, indent=1), encoding="utf-8")
         print(json.dumps(figures), flush=True)
     for name, values in found.items():
         print(f"{name}: {interval(values)}  {[round(value, 3) for value in values]}")
