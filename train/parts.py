@@ -75,7 +75,7 @@ def make_optimizer(parts: Iterable[Part], stage: Stage) -> torch.optim.AdamW:
                         "part": part.name,
                     }
                 )
-    return torch.optim.AdamW(groups, betas=stage.betas)
+    return torch.optim.AdamW(groups, betas=stage.betas, fused=True)
 
 
 def manifest(parts: Iterable[Part]) -> list[tuple[str, int, float]]:
