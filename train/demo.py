@@ -31,7 +31,7 @@ from vlm.errors import UserError
 from vlm.images import read_image
 from vlm.settings import dump, find_config
 
-QUICK = {"train": 240, "heldout": 60, "unseen": 24, "lookups": 60, "text_rows": 240}
+QUICK = {"train": 240, "heldout": 60, "unseen": 24, "lessons": 60, "text_rows": 240}
 QUICK_STEPS = 12
 SHOWN_SAMPLES = 48
 

@@ -14,9 +14,10 @@ from vlm.settings import Count, NotNegative, nearest, parse
 class Connector:
     """From the encoder's patches to what the LM sees.
 
-    mlp: `depth` linear layers with `activation` between (depth 1 is a linear projector), over each patch or over
-    squares of `pool` x `pool` patches, averaged or put side by side ("concat", as Qwen2-VL merges them, section 2.1).
-    perceiver: `num_latents` learned queries over `depth` layers (Flamingo, section 3.1).
+    Both take the patches one by one or in squares of `pool` x `pool`, averaged or put side by side ("concat", as
+    Qwen2-VL merges them, section 2.1). mlp: `depth` linear layers with `activation` between (depth 1 is a linear
+    projector). perceiver: `num_latents` learned queries over `depth` layers (Flamingo, section 3.1); squares that are
+    put side by side become as wide as a patch first.
     """
 
     type: Literal["mlp", "perceiver"] = "mlp"
@@ -97,13 +98,17 @@ class VisionLanguageConfig(PreTrainedConfig):
     def tokens_per_image(self) -> int:
         """Vectors of one image that the LM sees: the single place where image tokens are counted."""
         settings = self.connector_settings
-        if settings.type == "perceiver":
-            return settings.num_latents
-        if settings.pool == 1:
+        return settings.num_latents if settings.type == "perceiver" else self.squares_per_image
+
+    @property
+    def squares_per_image(self) -> int:
+        """Vectors of one image after pooling; what the perceiver's latents read, and what the mlp projects."""
+        pool = self.connector_settings.pool
+        if pool == 1:
             return self.patches_per_image
         vision: Any = self.vision_config
         side = vision.image_size // vision.patch_size
-        return int(-(-side // settings.pool)) ** 2
+        return int(-(-side // pool)) ** 2
 
     @property
     def placeholders_per_image(self) -> int:

@@ -53,7 +53,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             self.multi_modal_projector: nn.Module = MLPProjector(connector, patch_size, width)
         else:
             out_size = None if deep else width
-            self.multi_modal_projector = PerceiverResampler(connector, patch_size, out_size, config.patches_per_image)
+            self.multi_modal_projector = PerceiverResampler(connector, patch_size, out_size, config.squares_per_image)
         media_width = patch_size if deep and connector.type == "perceiver" else width
         self.cross_attention = (
             insert_blocks(decoder_layers(self.language_model), config.cross_attention_settings, width, media_width)

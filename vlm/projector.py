@@ -21,18 +21,21 @@ class MLPProjector(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if self.pool > 1:
-            side = round(features.shape[1] ** 0.5)
-            if side * side != features.shape[1]:
-                raise ValueError(
-                    f"pooling needs a square grid of patches, got {features.shape[1]} (leave out the class token)"
-                )
-            grid = features.transpose(1, 2).unflatten(2, (side, side))  # [I, D, side, side]
-            if self.pooling == "concat":
-                missing = -side % self.pool  # squares at the right and lower edge are filled up with zeros
-                grid = nn.functional.pixel_unshuffle(nn.functional.pad(grid, (0, missing, 0, missing)), self.pool)
-            else:
-                grid = nn.functional.avg_pool2d(grid, self.pool, ceil_mode=True)
-            features = grid.flatten(2).transpose(1, 2)
-        projected: torch.Tensor = self.layers(features)
+        projected: torch.Tensor = self.layers(pool_squares(features, self.pool, self.pooling))
         return projected
+
+
+def pool_squares(features: torch.Tensor, pool: int, pooling: str) -> torch.Tensor:
+    """[I, P, D] patches of a square grid -> [I, P / pool^2, D or D * pool^2]: squares averaged or put side by side."""
+    if pool == 1:
+        return features
+    side = round(features.shape[1] ** 0.5)
+    if side * side != features.shape[1]:
+        raise ValueError(f"pooling needs a square grid of patches, got {features.shape[1]} (leave out the class token)")
+    grid = features.transpose(1, 2).unflatten(2, (side, side))  # [I, D, side, side]
+    if pooling == "concat":
+        missing = -side % pool  # squares at the right and lower edge are filled up with zeros
+        grid = nn.functional.pixel_unshuffle(nn.functional.pad(grid, (0, missing, 0, missing)), pool)
+    else:
+        grid = nn.functional.avg_pool2d(grid, pool, ceil_mode=True)
+    return grid.flatten(2).transpose(1, 2)

@@ -1,9 +1,13 @@
-"""The Perceiver resampler of Flamingo (Alayrac et al. 2022, section 3.1 and figure 5): patches -> N latents."""
+"""The Perceiver resampler of Flamingo (Alayrac et al. 2022, section 3.1 and figure 5): patches -> N latents.
+
+With `pool`, the latents read squares of patches, which may be what shows a whole object where a patch doesn't.
+"""
 
 import torch
 from torch import nn
 
 from vlm.configuration import Connector
+from vlm.projector import pool_squares
 
 # Queries are normalized, so this is only what a latent weighs beside what it reads. At a deviation of 1 the pictures
 # are a small part of the sum at first, and captions take twice as many steps to be learned.
@@ -59,13 +63,19 @@ class PerceiverLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """[I, P, in_size] patches -> [I, num_latents, out_size]. Without out_size the latents keep the encoder's width."""
+    """[I, P, in_size] patches -> [I, num_latents, out_size]. Without out_size the latents keep the encoder's width.
 
-    def __init__(self, settings: Connector, in_size: int, out_size: int | None, patches: int) -> None:
+    `squares`: what the latents read of one image, P / pool^2 vectors.
+    """
+
+    def __init__(self, settings: Connector, in_size: int, out_size: int | None, squares: int) -> None:
         super().__init__()
+        self.pool, self.pooling = settings.pool, settings.pooling
+        merges = self.pool > 1 and self.pooling == "concat"
+        self.merge = nn.Linear(in_size * self.pool**2, in_size) if merges else nn.Identity()
         self.latents = nn.Parameter(torch.randn(settings.num_latents, in_size) * LATENT_STD)
         self.positions = (
-            nn.Parameter(torch.randn(patches, in_size) * settings.position_std) if settings.position_std else None
+            nn.Parameter(torch.randn(squares, in_size) * settings.position_std) if settings.position_std else None
         )
         self.layers = nn.ModuleList(
             PerceiverLayer(in_size, settings.heads, settings.head_dim, settings.ff_mult) for _ in range(settings.depth)
@@ -74,6 +84,7 @@ class PerceiverResampler(nn.Module):
         self.out = nn.Linear(in_size, out_size) if out_size else nn.Identity()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.merge(pool_squares(features, self.pool, self.pooling))
         if self.positions is not None:
             features = features + self.positions
         latents = self.latents.expand(features.shape[0], -1, -1)

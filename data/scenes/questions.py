@@ -33,6 +33,10 @@ Candidates = dict[str, list[list[str]]]
 """answer -> groups of questions; the group is drawn first, so long groups don't crowd out short ones."""
 
 
+Keep = Callable[[str], bool]
+"""Which questions may be asked, by their texts."""
+
+
 class Question(NamedTuple):
     kind: str
     text: str
@@ -181,6 +185,19 @@ _KIND: Final[dict[str, Callable[[Scene, Thing | None], Candidates]]] = {
 }
 
 
+def counts_colours(text: str) -> bool:
+    """Whether a question of kind count or comparison is about how many objects have a colour."""
+    return any(f" {colour} objects" in text for colour in COLOURS)
+
+
+def names_a_place(text: str) -> bool:
+    return " in the " in text
+
+
+def any_question(_text: str) -> bool:
+    return True
+
+
 def candidates(scene: Scene, kind: str, focus: Thing | None = None) -> Candidates:
     """All questions of one kind that the scene allows, by answer; with `focus`, those about that object."""
     groups = {answer: [g for g in groups if g] for answer, groups in _KIND[kind](scene, focus).items()}
@@ -206,14 +223,11 @@ def ask(
     *,
     answer: str | None = None,
     focus: Thing | None = None,
-    asked: Iterable[str] = (),
+    keep: Keep = any_question,
 ) -> Question | None:
-    """One question of a kind, none of those `asked`, with the given answer or any; None if there is none."""
-    known = set(asked)
-    found = candidates(scene, kind, focus)
-    if known:
-        kept = {a: [[t for t in g if t not in known] for g in groups] for a, groups in found.items()}
-        found = {a: [g for g in groups if g] for a, groups in kept.items() if any(groups)}
+    """One question of a kind that `keep` lets pass, with the given answer or any; None if there is none."""
+    kept = {a: [[t for t in g if keep(t)] for g in groups] for a, groups in candidates(scene, kind, focus).items()}
+    found = {a: [g for g in groups if g] for a, groups in kept.items() if any(groups)}
     if answer is None and found:
         answer = _draw_answer(rng, kind, list(found))
     if answer is None or answer not in found:
@@ -221,33 +235,23 @@ def ask(
     return Question(kind, pick(rng, pick(rng, found[answer])), answer)
 
 
-def ask_plainly(
-    rng: np.random.Generator, scene: Scene, asked: Sequence[str], keys: Sequence[tuple[str, ...]], count: int
+def ask_many(
+    rng: np.random.Generator, scene: Scene, count: int, kinds: Sequence[str] = KINDS, keep: Keep = any_question
 ) -> list[Question]:
-    """`count` questions for one of `asked` (colour, shape, place) of an object that other fields, one of `keys`, single
-    out. Every object that can be named gets its turn; a picture alone answers none. ValueError if none can be."""
-    wordings = {"colour": "what color is", "shape": "what shape is", "place": "where is"}
-    named = [(thing, key) for key in keys for thing in scene if _is_unique(scene, thing, key)]
-    if not named:
-        raise ValueError(f"none of {keys} singles out an object of this scene")
-    questions: list[Question] = []
-    while len(questions) < count:
-        for thing, key in shuffled(rng, named)[: count - len(questions)]:
-            field = pick(rng, [field for field in asked if field not in key])
-            text = f"{wordings[field]} the {refer(thing, key)}?"
-            questions.append(Question(field, text, getattr(thing, field)))
-    return questions
-
-
-def ask_many(rng: np.random.Generator, scene: Scene, count: int) -> list[Question]:
     """`count` different questions, their kinds as evenly mixed as the scene allows, in random order."""
     chosen: list[Question] = []
+    asked: set[str] = set()
+
+    def is_new(text: str) -> bool:
+        return text not in asked and keep(text)
+
     while len(chosen) < count:
         before = len(chosen)
-        for kind in shuffled(rng, KINDS):
-            if len(chosen) < count:
-                question = ask(rng, scene, kind, asked=[q.text for q in chosen])
-                chosen.extend([] if question is None else [question])
+        for kind in shuffled(rng, kinds):
+            question = ask(rng, scene, kind, keep=is_new) if len(chosen) < count else None
+            if question is not None:
+                chosen.append(question)
+                asked.add(question.text)
         if len(chosen) == before:
             raise ValueError(f"this scene allows {before} questions, {count} were asked for")
     return shuffled(rng, chosen)

@@ -10,7 +10,17 @@ from PIL import Image
 
 from data.scenes.draw import Look, draw_look, render
 from data.scenes.language import DESCRIBE, REPEAT, captions, description, look_up
-from data.scenes.questions import ANSWERS, KINDS, Question, ask, ask_many, ask_plainly
+from data.scenes.questions import (
+    ANSWERS,
+    KINDS,
+    Keep,
+    Question,
+    any_question,
+    ask,
+    ask_many,
+    counts_colours,
+    names_a_place,
+)
 from data.scenes.world import HELD_OUT, PLACES, Scene, Thing, draw_scene, draw_twin, shuffled
 
 Row = dict[str, Any]
@@ -21,18 +31,6 @@ LOOK_UPS: Final = 2
 # small model learns first, and what it then builds looking things up on: without it, answers stay guesses longer.
 _REPEATED: Final = 0.25
 _DESCRIBED: Final = 0.5
-# The lessons of lookups.jsonl: from which share of the pictures on, what is asked for, and what may single objects out.
-# Attention learns to find things one way at a time, starting with the plainest question there is, and only where
-# guessing fails: in crowded scenes, of several colours. A question is alone in its row, so what is looked for is always
-# as far away. What is left unlearned here stays a guess for much longer.
-_ALL: Final = ("colour", "shape", "place")
-_LESSONS: Final = (
-    (0.0, ("colour",), (("place",),)),
-    (0.3, ("colour", "shape"), (("place",),)),
-    (0.45, _ALL, (("colour",),)),
-    (0.7, _ALL, (("shape",), ("colour",))),
-    (0.85, _ALL, (("place",), ("colour",), ("shape",))),
-)
 _CROWD_COLOURS: Final = 3
 
 
@@ -44,7 +42,7 @@ class Stream(IntEnum):
     TEXT = 2
     HELDOUT = 3
     UNSEEN = 4
-    LOOKUPS = 5
+    LESSONS = 5
 
 
 class Drawn(NamedTuple):
@@ -89,17 +87,40 @@ def _conversation(questions: Sequence[Question], image: str) -> Row:
     return {"messages": turns}
 
 
-def lookup_rows(seed: int, index: int, count: int, questions: int, image: str) -> tuple[Drawn, list[Row]]:
-    """Picture `index` of `count`, which shows four objects, and its rows in lookups.jsonl: one plain question each."""
-    rng = _rng(seed, Stream.LOOKUPS, index)
-    asked, keys = next((asked, keys) for share, asked, keys in reversed(_LESSONS) if index >= share * count)
-    while True:
+class Lesson(NamedTuple):
+    """What lessons.jsonl teaches, from a share of its pictures on."""
+
+    begins: float
+    kinds: Sequence[str]
+    keep: Keep = any_question
+    crowded: bool = False
+
+
+# Places come first, in crowded scenes only, where guessing fails: attention learns to find things by the plainest
+# question there is. Then counting colours: else a small model guesses all that needs a whole scene compared with the
+# question, for a thousand steps. A question is alone in its row, so what is looked for is always as far away.
+_LESSONS: Final = (
+    Lesson(0.0, ("colour",), names_a_place, crowded=True),
+    Lesson(0.18, ("count", "comparison"), counts_colours),
+    Lesson(0.46, KINDS),
+)
+
+
+def lesson_rows(seed: int, index: int, count: int, questions: int, image: str) -> tuple[Drawn, list[Row]]:
+    """Picture `index` of `count` and its rows in lessons.jsonl: one question each."""
+    rng = _rng(seed, Stream.LESSONS, index)
+    lesson = next(lesson for lesson in reversed(_LESSONS) if index >= lesson.begins * count)
+    scene = draw_scene(rng)
+    while lesson.crowded and not is_crowded(scene):
         scene = draw_scene(rng)
-        if len(scene) == len(PLACES) and len({thing.colour for thing in scene}) >= _CROWD_COLOURS:
-            break
     look = draw_look(rng)
-    plain = ask_plainly(rng, scene, asked, keys, questions)
-    return Drawn(scene, look), [_conversation([question], image) for question in plain]
+    asked = ask_many(rng, scene, questions, lesson.kinds, lesson.keep)
+    return Drawn(scene, look), [_conversation([question], image) for question in asked]
+
+
+def is_crowded(scene: Scene) -> bool:
+    """Four objects of three colours at least."""
+    return len(scene) == len(PLACES) and len({thing.colour for thing in scene}) >= _CROWD_COLOURS
 
 
 def text_row(seed: int, index: int) -> Row:

@@ -16,7 +16,7 @@ from data.scenes.rows import (
     Drawn,
     Row,
     heldout_item,
-    lookup_rows,
+    lesson_rows,
     save_picture,
     text_row,
     train_pair,
@@ -26,14 +26,14 @@ from data.scenes.rows import (
 from data.scenes.world import HELD_OUT
 from vlm.errors import UserError
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 MOST_QUESTIONS: Final = 12
-_LOOKUPS_PER_SCENE: Final = 4
+_QUESTIONS_PER_LESSON: Final = 4
 
 _SETTINGS_FILE: Final = "scenes.json"
 _FILES: Final = {
     "train": ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl"),
-    "lookups": ("lookups.jsonl",),
+    "lessons": ("lessons.jsonl",),
     "text": ("text.jsonl",),
     "heldout": ("heldout.jsonl",),
     "unseen": ("unseen.jsonl",),
@@ -59,7 +59,7 @@ def write_scenes(
     train: int = 20_000,
     heldout: int = 1_000,
     unseen: int = 500,
-    lookups: int = 5_000,
+    lessons: int = 5_600,
     text_rows: int = 16_000,
     seed: int = 0,
     questions_per_scene: int = 6,
@@ -68,7 +68,7 @@ def write_scenes(
 ) -> dict[str, Any]:
     """Writes pictures and rows into the folder `out` and returns the content of its scenes.json.
 
-    `train` and `lookups` count pictures; `heldout` and `unseen` count questions, each with its own picture, and
+    `train` and `lessons` count pictures; `heldout` and `unseen` count questions, each with its own picture, and
     are rounded up so that every kind has as many; `text_rows` counts rows without a picture. The files depend
     on these numbers and the seed only, never on `processes` (default: the cores at hand). `progress` is
     called with items done and items in all. A folder that holds the same scenes already is left as it is.
@@ -79,7 +79,7 @@ def write_scenes(
         "train": _bounded("train", train),
         "heldout": _whole_rounds(_bounded("heldout", heldout)),
         "unseen": _whole_rounds(_bounded("unseen", unseen)),
-        "lookups": _bounded("lookups", lookups),
+        "lessons": _bounded("lessons", lessons),
         "text_rows": _bounded("text_rows", text_rows),
         "questions_per_scene": _bounded("questions_per_scene", questions_per_scene, 1, MOST_QUESTIONS),
     }
@@ -170,7 +170,7 @@ def _write_files(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     images = folder / "images"
-    for split in ("train", "heldout", "unseen", "lookups"):
+    for split in ("train", "heldout", "unseen", "lessons"):
         (images / split).mkdir(parents=True)
     jobs = list(_jobs(images, settings))
     total = sum(job.stop - job.start for job in jobs)
@@ -221,10 +221,10 @@ def _train(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
                 yield tuple((row,) for row in rows)
 
 
-def _lookups(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
-    seed, count = job.settings["seed"], job.settings["lookups"]
+def _lessons(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
+    seed, count = job.settings["seed"], job.settings["lessons"]
     for index in range(job.start, job.stop):
-        drawn, rows = lookup_rows(seed, index, count, _LOOKUPS_PER_SCENE, _image(job, index))
+        drawn, rows = lesson_rows(seed, index, count, _QUESTIONS_PER_LESSON, _image(job, index))
         _save(job, index, drawn)
         yield (rows,)
 
@@ -244,7 +244,7 @@ def _unseen(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
         yield ((_asked(job, index, *unseen_item(job.settings["seed"], index)),),)
 
 
-_RUN: Final = {"train": _train, "lookups": _lookups, "text": _text, "heldout": _heldout, "unseen": _unseen}
+_RUN: Final = {"train": _train, "lessons": _lessons, "text": _text, "heldout": _heldout, "unseen": _unseen}
 
 
 def _asked(job: _Job, index: int, drawn: Drawn, question: Question) -> dict[str, Any]:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.scenes import COLOURS, HELD_OUT, PLACES, SHAPES, write_scenes
-from data.scenes.questions import ask_plainly
-from data.scenes.rows import heldout_item, lookup_rows, text_row, train_pair
+from data.scenes import COLOURS, HELD_OUT, PLACES, write_scenes
+from data.scenes.questions import ask_many, names_a_place
+from data.scenes.rows import heldout_item, lesson_rows, text_row, train_pair
 from data.scenes.world import Thing, scene_key
 from tests.data.scene_reader import answer_of, parse
 from vlm.errors import UserError
 
-SMALL = {"train": 61, "heldout": 20, "unseen": 13, "lookups": 30, "text_rows": 40, "seed": 3}
+SMALL = {"train": 61, "heldout": 20, "unseen": 13, "lessons": 30, "text_rows": 40, "seed": 3}
 
 
 def lines(path: Path) -> list[Any]:
@@ -37,7 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_never_shows_or_names_what_is_held_out(written: Path) -> None:
     forbidden = [f"{colour} {shape}" for colour, shape in HELD_OUT]
-    for name in ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl", "lookups.jsonl", "text.jsonl"):
+    for name in ("captions.jsonl", "captions_chat.jsonl", "chat.jsonl", "lessons.jsonl", "text.jsonl"):
         text = (written / name).read_text()
         assert text
         assert not any(words in text for words in forbidden), name
@@ -62,7 +62,7 @@ def test_held_out_descriptions_are_never_those_of_training(written: Path) -> Non
 def test_files_hold_what_they_promise(written: Path) -> None:
     summary = json.loads((written / "scenes.json").read_text())
     assert summary["settings"] == {**SMALL, "heldout": 24, "unseen": 18, "questions_per_scene": 6}
-    counts = {"train": 61, "heldout": 24, "unseen": 18, "lookups": 30}
+    counts = {"train": 61, "heldout": 24, "unseen": 18, "lessons": 30}
     for split, count in counts.items():
         names = sorted(path.name for path in (written / "images" / split).iterdir())
         assert names == [f"{index:06d}.png" for index in range(count)]
@@ -99,7 +99,7 @@ def test_files_hold_what_they_promise(written: Path) -> None:
 
 def test_files_do_not_depend_on_processes_or_on_how_many(written: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    many = {**SMALL, "train": 1100, "text_rows": 0, "lookups": 600}
+    many = {**SMALL, "train": 1100, "text_rows": 0, "lessons": 600}
     write_scenes(tmp_path / "two", **many, processes=2, progress=lambda *call: calls.append(call))
     write_scenes(tmp_path / "one", **many, processes=1)
     assert files(tmp_path / "two") == files(tmp_path / "one")
@@ -107,47 +107,38 @@ def test_files_do_not_depend_on_processes_or_on_how_many(written: Path, tmp_path
     assert calls == sorted(calls)
     first, second = files(written), files(tmp_path / "one")
     for name in first:
-        if name.startswith("images/"):
+        if name.startswith("images/") and "/lessons/" not in name:  # their order is a share of the whole
             assert first[name] == second[name]
     assert second["chat.jsonl"].startswith(first["chat.jsonl"])
 
 
-def test_lookups_are_about_crowded_scenes_and_grow_harder() -> None:
-    colours, shapes = "|".join(COLOURS), "|".join(SHAPES)
-    named = {
-        "place": r"the object in the \w+[?]",
-        "colour": rf"the ({colours}) object[?]",
-        "shape": rf"the ({shapes})[?]",
-    }
-    seen: list[set[str]] = []
-    wanted: list[set[str]] = []
-    for index in range(120):
-        drawn, rows = lookup_rows(0, index, 120, 4, "picture.png")
-        assert len(drawn.scene) == 4
-        assert len({thing.colour for thing in drawn.scene}) >= 3
+def test_lessons_begin_with_places_then_count_colours_then_ask_everything() -> None:
+    colours = "|".join(COLOURS)
+    place = r"what color is the object in the \w+[?]"
+    tally = rf"(how many|are there more) ({colours}) objects.*[?]"
+    kinds: Counter[str] = Counter()
+    for index in range(100):
+        drawn, rows = lesson_rows(0, index, 100, 4, "picture.png")
         asked = []
         for user, assistant in (row["messages"] for row in rows):
             picture, question = user["content"]
             assert picture == {"type": "image", "image": "picture.png"}
             assert answer_of(drawn.scene, question["text"]) == assistant["content"]
             asked.append(question["text"])
-        assert len(asked) == 4
-        seen.append({key for text in asked for key, words in named.items() if re.search(words, text)})
-        wanted.append({" ".join(text.split()[:2]) for text in asked})
-        if index < 36:
-            assert sorted(asked) == sorted(f"what color is the object in the {place}?" for place in PLACES)
-    assert set().union(*seen[36:54]) == {"place"}
-    assert set().union(*seen[54:84]) == {"colour"}
-    assert set().union(*seen[84:102]) == {"colour", "shape"}
-    assert set().union(*seen[102:]) == set(named)
-    assert set().union(*wanted[36:54]) == {"what color", "what shape"}
-    assert set().union(*wanted[54:]) == {"what color", "what shape", "where is"}
-
-
-def test_what_no_field_singles_out_can_not_be_asked_for() -> None:
-    twins = tuple(Thing("small", "red", "circle", place) for place in PLACES[:2])
-    with pytest.raises(ValueError, match="singles out"):
-        ask_plainly(np.random.default_rng(0), twins, ("place",), (("colour",),), 4)
+        assert len(set(asked)) == 4
+        if index < 18:
+            assert len({thing.colour for thing in drawn.scene}) >= 3
+            assert all(re.fullmatch(place, text) for text in asked)
+        elif index < 46:
+            assert all(re.fullmatch(tally, text) for text in asked)
+            kinds.update(text.split()[0] for text in asked)
+        else:
+            kinds.update(text for text in asked if not re.fullmatch(rf"{place}|{tally}", text))
+    assert kinds["how"] > 40
+    assert kinds["are"] > 40
+    assert len(kinds) > 60
+    with pytest.raises(ValueError, match="allows 1 questions, 4 were asked for"):
+        ask_many(np.random.default_rng(0), (Thing("small", "red", "circle", PLACES[0]),), 4, ("colour",), names_a_place)
 
 
 def test_another_seed_draws_other_scenes(written: Path, tmp_path: Path) -> None:

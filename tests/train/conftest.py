@@ -16,5 +16,5 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from data.scenes.write import write_scenes
 
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(folder, train=40, heldout=12, unseen=6, lookups=20, text_rows=40, processes=1)
+    write_scenes(folder, train=40, heldout=12, unseen=6, lessons=20, text_rows=40, processes=1)
     return folder

@@ -126,20 +126,45 @@ def test_text_before_the_first_image_gets_exactly_nothing_from_attention(ffn_wit
     assert torch.equal(once[blind], (x + fed)[blind])
 
 
+def squares_of(patches: torch.Tensor, pooling: str, weights: Weights) -> torch.Tensor:
+    """[16, D], a grid of 4 x 4 -> [4, D]: the four squares of 2 x 2."""
+    squares = []
+    for top in (0, 2):
+        for left in (0, 2):
+            square = [patches[4 * y + x] for y in (top, top + 1) for x in (left, left + 1)]
+            if pooling == "average":
+                squares.append(sum(square, torch.zeros(())) / 4)
+            else:  # channel by channel, the four patches beside each other
+                squares.append(weights["merge.weight"] @ torch.stack(square, 1).flatten() + weights["merge.bias"])
+    return torch.stack(squares)
+
+
 @pytest.mark.parametrize("position_std", [0.0, 0.5])
 @pytest.mark.parametrize("out_size", [None, 20])
-def test_the_perceiver_equals_the_papers_equations(out_size: int | None, position_std: float) -> None:
+@pytest.mark.parametrize(("pool", "pooling"), [(1, "average"), (2, "average"), (2, "concat")])
+def test_the_perceiver_equals_the_papers_equations(
+    out_size: int | None, position_std: float, pool: int, pooling: Any
+) -> None:
     torch.manual_seed(2)
     settings = Connector(
-        type="perceiver", num_latents=5, depth=2, heads=HEADS, head_dim=HEAD_DIM, ff_mult=2, position_std=position_std
+        type="perceiver",
+        num_latents=5,
+        depth=2,
+        heads=HEADS,
+        head_dim=HEAD_DIM,
+        ff_mult=2,
+        position_std=position_std,
+        pool=pool,
+        pooling=pooling,
     )
-    resampler = PerceiverResampler(settings, in_size=12, out_size=out_size, patches=7)
+    resampler = PerceiverResampler(settings, in_size=12, out_size=out_size, squares=16 // pool**2)
     for parameter in resampler.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    features = torch.randn(3, 7, 12)
+    features = torch.randn(3, 16, 12)
     weights = resampler.state_dict()
     expected = []
     for patches in features:
+        patches = squares_of(patches, pooling, weights) if pool > 1 else patches
         patches = patches + weights["positions"] if position_std else patches
         x = weights["latents"]
         for layer in range(2):

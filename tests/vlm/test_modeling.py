@@ -173,6 +173,17 @@ def test_pooling_averages_squares_of_patches_and_counts_its_tokens(pool: int, lo
     assert config.tokens_per_image == config.placeholders_per_image == len(rows)
 
 
+def test_a_perceiver_over_squares_still_hands_out_its_latents(loaded_models: LoadedModels) -> None:
+    shared, _ = loaded_models("deep", "perceiver")
+    connector = {**shared.config.connector, "pool": 3, "pooling": "concat", "position_std": 1.0}
+    model = VisionLanguageModel(VisionLanguageConfig(**{**shared.config.to_diff_dict(), "connector": connector}))
+    assert model.config.squares_per_image == 4  # 4 x 4 patches, filled up at the edge
+    assert model.multi_modal_projector.positions.shape[0] == 4
+    size = model.config.vision_config.image_size
+    visual = model.encode_images(torch.randn(2, 3, size, size))
+    assert visual.lengths == (model.config.tokens_per_image,) * 2 == (connector["num_latents"],) * 2
+
+
 @pytest.mark.parametrize("pool", [2, 3])
 def test_concat_pooling_puts_the_patches_of_a_square_side_by_side(pool: int) -> None:
     torch.manual_seed(0)
