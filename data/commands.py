@@ -13,6 +13,7 @@ def data(parser: argparse.ArgumentParser) -> None:
     scenes.add_argument("--out", type=Path, required=True)
     scenes.add_argument("--train", type=int, default=20000, help="training scenes (default 20000)")
     scenes.add_argument("--heldout", type=int, default=1000, help="held-out questions (default 1000)")
+    scenes.add_argument("--lessons", type=int, default=5600, help="scenes of lessons.jsonl (default 5600)")
     scenes.add_argument("--seed", type=int, default=0)
     scenes.set_defaults(run=_scenes)
 
@@ -20,7 +21,7 @@ def data(parser: argparse.ArgumentParser) -> None:
 def _scenes(options: argparse.Namespace) -> int:
     from data.scenes.write import write_scenes
 
-    write_scenes(options.out, train=options.train, heldout=options.heldout, seed=options.seed)
+    write_scenes(options.out, train=options.train, heldout=options.heldout, lessons=options.lessons, seed=options.seed)
     print(f"done: {options.out}")
     return 0
 

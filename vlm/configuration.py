@@ -77,7 +77,8 @@ class VisionLanguageConfig(PreTrainedConfig):
         # the LM child ties its own embeddings; the flag is mirrored since generation and saving read it here
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
-        _ = self.connector_settings, self.cross_attention_settings
+        _ = self.cross_attention_settings
+        self._check_pool()
 
     @property
     def connector_settings(self) -> Connector:
@@ -99,6 +100,17 @@ class VisionLanguageConfig(PreTrainedConfig):
         """Vectors of one image that the LM sees: the single place where image tokens are counted."""
         settings = self.connector_settings
         return settings.num_latents if settings.type == "perceiver" else self.squares_per_image
+
+    def _check_pool(self) -> None:
+        pool = self.connector_settings.pool
+        if pool == 1:
+            return
+        if self.vision_feature_select == "cls_patch":
+            raise ValueError(f"connector.pool {pool} takes squares of patches: use vision_feature_select: patch")
+        vision: Any = self.vision_config
+        side = vision.image_size // vision.patch_size
+        if pool > side:
+            raise ValueError(f"connector.pool {pool} is larger than the encoder's grid of {side} x {side} patches")
 
     @property
     def squares_per_image(self) -> int:

@@ -8,7 +8,7 @@ from vlm.configuration import Connector
 
 
 class MLPProjector(nn.Module):
-    """[I, P, in_size] patches -> [I, P / pool^2, out_size]; `layers.0`, `layers.2` ... are the linear ones."""
+    """[I, P, in_size] patches -> [I, squares, out_size]; `layers.0`, `layers.2` ... are the linear ones."""
 
     def __init__(self, settings: Connector, in_size: int, out_size: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class MLPProjector(nn.Module):
 
 
 def pool_squares(features: torch.Tensor, pool: int, pooling: str) -> torch.Tensor:
-    """[I, P, D] patches of a square grid -> [I, P / pool^2, D or D * pool^2]: squares averaged or put side by side."""
+    """[I, P, D] patches of a square grid -> [I, squares, D or D * pool^2]: each averaged, or side by side."""
     if pool == 1:
         return features
     side = round(features.shape[1] ** 0.5)

@@ -65,7 +65,7 @@ class PerceiverLayer(nn.Module):
 class PerceiverResampler(nn.Module):
     """[I, P, in_size] patches -> [I, num_latents, out_size]. Without out_size the latents keep the encoder's width.
 
-    `squares`: what the latents read of one image, P / pool^2 vectors.
+    `squares`: how many squares of patches (with a pool of 1, patches) the latents read of one image.
     """
 
     def __init__(self, settings: Connector, in_size: int, out_size: int | None, squares: int) -> None:

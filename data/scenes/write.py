@@ -28,7 +28,7 @@ from vlm.errors import UserError
 
 FORMAT_VERSION: Final = 4
 MOST_QUESTIONS: Final = 12
-_QUESTIONS_PER_LESSON: Final = 4
+_QUESTIONS_PER_LESSON_SCENE: Final = 4
 
 _SETTINGS_FILE: Final = "scenes.json"
 _FILES: Final = {
@@ -224,7 +224,7 @@ def _train(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
 def _lessons(job: _Job) -> Iterator[tuple[Sequence[Row], ...]]:
     seed, count = job.settings["seed"], job.settings["lessons"]
     for index in range(job.start, job.stop):
-        drawn, rows = lesson_rows(seed, index, count, _QUESTIONS_PER_LESSON, _image(job, index))
+        drawn, rows = lesson_rows(seed, index, count, _QUESTIONS_PER_LESSON_SCENE, _image(job, index))
         _save(job, index, drawn)
         yield (rows,)
 

@@ -206,6 +206,18 @@ def test_pooling_patches_with_a_class_token_is_refused() -> None:
         MLPProjector(Connector(pool=2), 3, 5)(torch.randn(1, 17, 3))
 
 
+@pytest.mark.parametrize("kind", ["mlp", "perceiver"])
+def test_a_pool_that_no_grid_of_patches_allows_is_refused(kind: str) -> None:
+    vision = {"image_size": 8, "patch_size": 2}
+    with pytest.raises(ValueError, match=r"connector\.pool 2 takes squares of patches"):
+        VisionLanguageConfig(
+            vision_config=vision, connector={"type": kind, "pool": 2}, vision_feature_select="cls_patch"
+        )
+    with pytest.raises(ValueError, match=r"connector\.pool 5 is larger than the encoder's grid of 4 x 4 patches"):
+        VisionLanguageConfig(vision_config=vision, connector={"type": kind, "pool": 5})
+    assert VisionLanguageConfig(vision_config=vision, connector={"type": kind, "pool": 4}).squares_per_image == 1
+
+
 def test_a_projector_may_be_linear() -> None:
     assert [type(layer).__name__ for layer in MLPProjector(Connector(depth=1), 3, 5).layers] == ["Linear"]
 
