@@ -32,6 +32,9 @@ LOOK_UPS: Final = 2
 _REPEATED: Final = 0.25
 _DESCRIBED: Final = 0.5
 _CROWD_COLOURS: Final = 3
+# Kinds whose answers are equally frequent in training. Held-out ones are exactly so, else a guess gains by luck of the
+# draw: "no" was right in 57 % of one seed's comparisons.
+_EVEN: Final = ("colour", "shape", "existence", "comparison")
 
 
 class Stream(IntEnum):
@@ -144,12 +147,14 @@ def text_row(seed: int, index: int) -> Row:
 
 
 def heldout_item(seed: int, index: int) -> tuple[Drawn, Question]:
-    """Held-out scene and question, drawn as the training ones are; kinds take turns."""
+    """Held-out scene and question, drawn as the training ones are; kinds take turns, and the answers of _EVEN ones."""
     rng = _rng(seed, Stream.HELDOUT, index)
-    kind = KINDS[index % len(KINDS)]
+    turn, which = divmod(index, len(KINDS))
+    kind = KINDS[which]
+    answer = ANSWERS[kind][turn % len(ANSWERS[kind])] if kind in _EVEN else None
     while True:
         scene = draw_scene(rng, reserved=True)
-        question = ask(rng, scene, kind)
+        question = ask(rng, scene, kind, answer=answer)
         if question is not None:
             return Drawn(scene, draw_look(rng)), question
 

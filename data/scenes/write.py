@@ -26,7 +26,7 @@ from data.scenes.rows import (
 from data.scenes.world import HELD_OUT
 from vlm.errors import UserError
 
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 MOST_QUESTIONS: Final = 12
 _QUESTIONS_PER_LESSON_SCENE: Final = 4
 

@@ -59,6 +59,18 @@ def test_held_out_descriptions_are_never_those_of_training(written: Path) -> Non
     assert not any(thing.pair in HELD_OUT for scene in held for thing in scene)
 
 
+def test_held_out_answers_are_even_where_those_of_training_are() -> None:
+    answers: dict[str, Counter[str]] = {}
+    for index in range(360):
+        drawn, question = heldout_item(0, index)
+        assert answer_of(drawn.scene, question.text) == question.answer
+        answers.setdefault(question.kind, Counter())[question.answer] += 1
+    assert set(answers["colour"].values()) == {10}
+    assert set(answers["shape"].values()) == {20}
+    assert answers["existence"] == answers["comparison"] == {"yes": 30, "no": 30}
+    assert sum(answers["count"].values()) == sum(answers["relation"].values()) == 60
+
+
 def test_files_hold_what_they_promise(written: Path) -> None:
     summary = json.loads((written / "scenes.json").read_text())
     assert summary["settings"] == {**SMALL, "heldout": 24, "unseen": 18, "questions_per_scene": 6}
