@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def find_image(where: str, image: Any, root: Path) -> Path:
     """The file of an image named in a row, which must lie inside `root`."""
     if not isinstance(image, str) or not image:
         raise UserError(f"{where}: an image is named by its path, got {image!r}")
-    base = _resolved(root)
+    base = root.resolve()
     try:
         path = (base / image).resolve()
         there = path.is_file()
@@ -83,12 +82,6 @@ def find_image(where: str, image: Any, root: Path) -> Path:
     if empty:
         raise UserError(f"{where}: image {image!r} is an empty file")
     return path
-
-
-@lru_cache(maxsize=64)
-def _resolved(root: Path) -> Path:
-    """Every row asks for the same few folders."""
-    return root.resolve()
 
 
 def text_part(text: str) -> dict[str, str]:

@@ -91,9 +91,7 @@ class VisionLanguageConfig(PreTrainedConfig):
     @property
     def patches_per_image(self) -> int:
         """Vectors that the encoder hands to the connector for one image."""
-        vision: Any = self.vision_config
-        side = vision.image_size // vision.patch_size
-        return int(side * side) + (self.vision_feature_select == "cls_patch")
+        return self._side**2 + (self.vision_feature_select == "cls_patch")
 
     @property
     def tokens_per_image(self) -> int:
@@ -107,10 +105,15 @@ class VisionLanguageConfig(PreTrainedConfig):
             return
         if self.vision_feature_select == "cls_patch":
             raise ValueError(f"connector.pool {pool} takes squares of patches: use vision_feature_select: patch")
+        if pool > self._side:
+            grid = f"{self._side} x {self._side}"
+            raise ValueError(f"connector.pool {pool} is larger than the encoder's grid of {grid} patches")
+
+    @property
+    def _side(self) -> int:
+        """Patches along an edge of the image."""
         vision: Any = self.vision_config
-        side = vision.image_size // vision.patch_size
-        if pool > side:
-            raise ValueError(f"connector.pool {pool} is larger than the encoder's grid of {side} x {side} patches")
+        return int(vision.image_size // vision.patch_size)
 
     @property
     def squares_per_image(self) -> int:
@@ -118,9 +121,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         pool = self.connector_settings.pool
         if pool == 1:
             return self.patches_per_image
-        vision: Any = self.vision_config
-        side = vision.image_size // vision.patch_size
-        return int(-(-side // pool)) ** 2
+        return int(-(-self._side // pool)) ** 2
 
     @property
     def placeholders_per_image(self) -> int:

@@ -32,7 +32,6 @@ _RARER: Final = frozenset(colour for colour, _ in HELD_OUT)
 Candidates = dict[str, list[list[str]]]
 """answer -> groups of questions; the group is drawn first, so long groups don't crowd out short ones."""
 
-
 Keep = Callable[[str], bool]
 """Which questions may be asked, by their texts."""
 

@@ -114,14 +114,14 @@ def lesson_rows(seed: int, index: int, count: int, questions: int, image: str) -
     rng = _rng(seed, Stream.LESSONS, index)
     lesson = next(lesson for lesson in reversed(_LESSONS) if index >= lesson.begins * count)
     scene = draw_scene(rng)
-    while lesson.crowded and not is_crowded(scene):
+    while lesson.crowded and not _is_crowded(scene):
         scene = draw_scene(rng)
     look = draw_look(rng)
     asked = ask_many(rng, scene, questions, lesson.kinds, lesson.keep)
     return Drawn(scene, look), [_conversation([question], image) for question in asked]
 
 
-def is_crowded(scene: Scene) -> bool:
+def _is_crowded(scene: Scene) -> bool:
     """Four objects of three colours at least."""
     return len(scene) == len(PLACES) and len({thing.colour for thing in scene}) >= _CROWD_COLOURS
 
