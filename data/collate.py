@@ -14,7 +14,7 @@ from vlm.processing import VisionLanguageProcessor
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, labels, media_index, document_start: [B, T]; pixel_values: [I, 3, H, W], None for a text-only LM.
+    """input_ids, labels, media_index, document_start: [B, T]; pixels: what the processor made of the images, if any.
 
     Padding is on the right, where a causal LM needs no mask. supervised: tokens the loss counts; tokens: real ones;
     shortened: file:line of the rows of which messages were dropped.
@@ -24,7 +24,7 @@ class Batch:
     labels: torch.Tensor
     media_index: torch.Tensor
     document_start: torch.Tensor
-    pixel_values: torch.Tensor | None
+    pixels: dict[str, torch.Tensor]
     supervised: int
     tokens: int
     shortened: tuple[str, ...] = ()
@@ -35,7 +35,8 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        return replace(self, **moved)
+        pixels = {name: value.to(device, non_blocking=True) for name, value in self.pixels.items()}
+        return replace(self, **moved, pixels=pixels)
 
 
 def collate_chat(
@@ -48,8 +49,7 @@ def collate_chat(
     """
     pad = processor.tokenizer.pad_token_id
     input_ids, labels = pad_rows(examples, 0 if pad is None else pad)
-    placeholders = (processor.placeholders_per_image,) * len(pictures)
-    media_index, document_start = index_media(input_ids, processor.image_token_id, placeholders)
+    media_index, document_start = index_media(input_ids, processor.image_token_id, processor.placeholders(pictures))
     pictures = pictures or [Image.new("RGB", (32, 32))]
     return Batch(
         input_ids,
@@ -72,7 +72,7 @@ def collate_text(examples: Sequence[Example], pad: int) -> Batch:
         labels,
         nothing,
         nothing,
-        None,
+        {},
         supervised=sum(example.supervised for example in examples),
         tokens=sum(len(example.input_ids) for example in examples),
         shortened=tuple(example.where for example in examples if example.dropped),

@@ -80,10 +80,12 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """A preprocessed image: pixel_values [1, 3, H, W] and a content key that only these pixels have."""
+    """A preprocessed image: the processor's tensors, a content key that only these pixels have, and how many image
+    tokens stand for it in the prompt."""
 
-    pixel_values: "torch.Tensor"
+    pixels: Mapping[str, "torch.Tensor"]
     key: str
+    placeholders: int
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,19 @@
 import binascii
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from PIL import Image
 
 from serve.engine import ImageInput
 from serve.errors import ApiError
 from serve.protocol import ChatMessage, Part
 from vlm import UserError, VisionLanguageProcessor
-from vlm.images import decode_image, image_key
+from vlm.images import decode_image, decode_size, image_key
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,14 @@ class PromptBuilder:
             raise ApiError(400, text, param="messages", code="too_many_images")
         self.check_length(sum(len(part.text or "") for message in messages for part in message.parts))
         chat = [{"role": _ROLES.get(m.role, m.role), "content": _content(m)} for m in messages]
-        encoded = self.processor.chat.encode(chat, add_generation_prompt=True)
-        if encoded.num_images != len(urls):
-            text = f"the chat template shows {encoded.num_images} of {len(urls)} images"
-            raise ApiError(400, text, param="messages")
+        # decoded one by one, after all else is known to be right: a hundred kilobytes may hold a hundred megapixels
+        files = [(where, read_data_url(url, where, self.limits.image_bytes)) for where, url in urls]
+        sizes = [_decode(decode_size, data, where, self.limits.image_pixels) for where, data in files]
+        placeholders = [self.processor.image_tokens.placeholders(*size) for size in sizes]
+        encoded = self.processor.chat.encode(chat, placeholders, add_generation_prompt=True)
         if len(encoded.input_ids) >= self.context_length:
             raise self._too_long(f"the prompt has {len(encoded.input_ids)} tokens")
-        return ChatPrompt(encoded.input_ids, tuple(self._image(where, url, abandoned) for where, url in urls))
+        return ChatPrompt(encoded.input_ids, tuple(self._prepare(where, data, abandoned) for where, data in files))
 
     def text(self, prompt: str) -> list[int]:
         """Ids of a plain prompt, with what the tokenizer puts before a text."""
@@ -104,15 +109,23 @@ class PromptBuilder:
         text = f"{what}: too long for the context of {self.context_length} tokens"
         return ApiError(400, text, param="messages", code="context_length_exceeded")
 
-    def _image(self, where: str, url: str, abandoned: threading.Event) -> ImageInput:
+    def _prepare(self, where: str, data: bytes, abandoned: threading.Event) -> ImageInput:
         if abandoned.is_set():
             raise AbandonedError
-        data = read_data_url(url, where, self.limits.image_bytes)
-        try:
-            image = decode_image(data, where, self.limits.image_pixels)
-        except UserError as error:
-            raise ApiError(400, str(error), param=where, code="invalid_image") from None
-        return ImageInput(self.processor.pixels([image]), image_key(image))
+        return prepare_image(_decode(decode_image, data, where, self.limits.image_pixels), self.processor)
+
+
+def prepare_image(image: Image.Image, processor: VisionLanguageProcessor) -> ImageInput:
+    """A decoded image as engines take it."""
+    (placeholders,) = processor.placeholders([image])
+    return ImageInput(processor.pixels([image]), image_key(image), placeholders)
+
+
+def _decode(decoder: Callable[[bytes, str, int], T], data: bytes, where: str, max_pixels: int) -> T:
+    try:
+        return decoder(data, where, max_pixels)
+    except UserError as error:
+        raise ApiError(400, str(error), param=where, code="invalid_image") from None
 
 
 def read_data_url(url: str, where: str, max_bytes: int) -> bytes:

@@ -67,8 +67,10 @@ class ModelRunner:
         todo = list(missing.values())
         for begin in range(0, len(todo), IMAGES_PER_CALL):
             part = todo[begin : begin + IMAGES_PER_CALL]
-            pixel_values = torch.cat([image.pixel_values for image in part]).to(self.device)
-            encoded = self.model.encode_images(pixel_values)
+            names = part[0].pixels
+            encoded = self.model.encode_images(
+                **{name: torch.cat([image.pixels[name] for image in part]).to(self.device) for name in names}
+            )
             if not bool(encoded.tokens.isfinite().all()):
                 raise ValueError("the vision tower gave non-finite features")
             if self.config.fusion == "deep":

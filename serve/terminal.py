@@ -8,9 +8,10 @@ from typing import IO, Any
 
 from serve.engine import ImageInput, Request, SamplingParams
 from serve.errors import EngineError
+from serve.media import prepare_image
 from serve.torch_engine import TorchEngine
 from vlm import UserError, VisionLanguageProcessor
-from vlm.images import image_key, read_image
+from vlm.images import read_image
 
 HELP = "/image FILE shows a picture, /reset starts again, /quit ends"
 
@@ -29,8 +30,7 @@ class Conversation:
 
     def show(self, file: Path) -> None:
         """Adds a picture to the next question; UserError when it can't be read."""
-        image = read_image(file)
-        self.shown.append(ImageInput(self.processor.pixels([image]), image_key(image)))
+        self.shown.append(prepare_image(read_image(file), self.processor))
 
     def reset(self) -> None:
         self.messages, self.images, self.shown = [], [], []
@@ -40,7 +40,8 @@ class Conversation:
         content = [*({"type": "image"} for _ in self.shown), {"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": content}]
         images = [*self.images, *self.shown]
-        encoded = self.processor.chat.encode(messages, add_generation_prompt=True)
+        placeholders = [image.placeholders for image in images]
+        encoded = self.processor.chat.encode(messages, placeholders, add_generation_prompt=True)
         left = self.engine.info.context_length - len(encoded.input_ids)
         if left < 1:
             held = self.engine.info.context_length

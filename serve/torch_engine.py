@@ -149,11 +149,11 @@ class TorchEngine:
         if strange is not None:
             message = f"the prompt has token {strange}, but ids go from 0 to {self._info.vocab_size - 1}"
             raise ParameterError("prompt", message)
-        config = self.runner.config
-        found = sum(1 for token in input_ids if token == config.image_token_id)
-        if found != len(images) * config.placeholders_per_image:
-            message = f"the prompt has {found} image tokens, but {len(images)} images need "
-            raise ParameterError("prompt", f"{message}{len(images) * config.placeholders_per_image}")
+        found = sum(1 for token in input_ids if token == self.runner.config.image_token_id)
+        needed = sum(image.placeholders for image in images)
+        if found != needed:
+            message = f"the prompt has {found} image tokens, but {len(images)} images need {needed}"
+            raise ParameterError("prompt", message)
 
     @torch.inference_mode()
     def _run(self) -> None:

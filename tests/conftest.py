@@ -81,5 +81,5 @@ def build_tiny_model(folder: Path, tokenizer: Any, fusion: str, connector: str, 
     for block in model.cross_attention.values():
         torch.nn.init.constant_(block.attn_gate, 0.5)
         torch.nn.init.constant_(block.ff_gate, 0.5)
-    processor = make_processor(tokenizer, IMAGE_SIZE, config.placeholders_per_image)
+    processor = make_processor(config, tokenizer)
     save(model, processor, folder)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vlm.errors import UserError
-from vlm.images import read_image
+from vlm.images import read_image, read_size
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
 
@@ -49,7 +49,9 @@ class Answerer:
     def _encode(self, question: Question) -> list[int]:
         parts: list[dict[str, Any]] = [{"type": "image"}] if question.image is not None else []
         message = {"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}
-        ids = self.processor.chat.encode([message], add_generation_prompt=True).input_ids
+        sizes = [] if question.image is None else [read_size(question.image)]
+        placeholders = [self.processor.image_tokens.placeholders(*size) for size in sizes]
+        ids = self.processor.chat.encode([message], placeholders, add_generation_prompt=True).input_ids
         context: int | None = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if context is not None and len(ids) + self.max_tokens > context:
             raise UserError(
@@ -68,10 +70,11 @@ class Answerer:
             input_ids[row, width - len(ids) :] = torch.tensor(ids)
             mask[row, width - len(ids) :] = 1
         pictures = [self.read(path) for path in images if path is not None]
+        pixels = self.processor.pixels(pictures) if pictures else {}
         out = self.model.generate(
             input_ids.to(device),
             attention_mask=mask.to(device),
-            pixel_values=self.processor.pixels(pictures).to(device) if pictures else None,
+            **{name: tensor.to(device) for name, tensor in pixels.items()},
             max_new_tokens=self.max_tokens,
             do_sample=False,
         )

@@ -12,8 +12,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    CLIPImageProcessorPil,
     CLIPModel,
-    CLIPVisionConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,13 +22,15 @@ from transformers import (
 from data.sources import Source
 from train.recipe import Backbone, Model, Recipe, Stage
 from train.runs import Run
-from vlm.checkpoint import check_source, load
+from vlm.checkpoint import check_complete, check_source, load
 from vlm.configuration import VisionLanguageConfig
 from vlm.contrastive import make_clip
+from vlm.encoders import image_size, make_image_processor
 from vlm.errors import UserError
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor, make_processor
 from vlm.settings import plain
+from vlm.tiling import ImageTokens
 from vlm.tokenization import CHAT_TEMPLATE, IMAGE_TOKEN, train_tokenizer
 
 TOKENIZER_ROWS = 5000  # rows that a new tokenizer is made from, spread evenly over the data
@@ -127,7 +129,9 @@ def encoder_config(backbone: Backbone) -> PreTrainedConfig:
         return half
     if backbone.config is None:
         raise UserError("model.vision needs pretrained or config")
-    return CLIPVisionConfig(**backbone.config)
+    settings = dict(backbone.config)
+    made: PreTrainedConfig = CONFIG_MAPPING[settings.pop("model_type", "clip_vision_model")](**settings)
+    return made
 
 
 def build_model(
@@ -140,34 +144,67 @@ def build_model(
     encoder = build_encoder(spec.vision, run)
     language_model = build_language_model(spec.language, tokenizer, run)
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config = fused_config(spec, encoder.config, language_model.config, image_token)
+    second = build_encoder(spec.second_vision, run) if spec.second_vision is not None else None
+    config = fused_config(
+        spec, encoder.config, language_model.config, image_token, second.config if second is not None else None
+    )
     model = VisionLanguageModel(config)
     model.vision_tower.encoder.load_state_dict(encoder.state_dict())
+    if second is not None:
+        assert model.second_vision_tower is not None
+        model.second_vision_tower.encoder.load_state_dict(second.state_dict())
     model.language_model.load_state_dict(language_model.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, processor_of(spec, encoder.config, tokenizer, config.placeholders_per_image)
+    return model, make_processor(config, tokenizer, *image_settings(spec))
 
 
 def fused_config(
-    spec: Model, vision: PreTrainedConfig, language: PreTrainedConfig, image_token: int
+    spec: Model,
+    vision: PreTrainedConfig,
+    language: PreTrainedConfig,
+    image_token: int,
+    second_vision: PreTrainedConfig | None = None,
 ) -> VisionLanguageConfig:
     return VisionLanguageConfig(
         vision_config=vision,
+        second_vision_config=second_vision,
         text_config=language,
         fusion=spec.fusion,
         connector=plain(vars(spec.connector)),
         cross_attention=plain(vars(spec.cross_attention)) if spec.fusion == "deep" else None,
         vision_feature_layer=spec.feature_layer,
         vision_feature_select=spec.feature_select,
+        second_vision_feature_layer=spec.second_feature_layer,
+        tiling=plain(vars(spec.tiling)),
         image_token_id=image_token,
     )
 
 
-def processor_of(
-    spec: Model, vision: Any, tokenizer: PreTrainedTokenizerBase, placeholders: int
-) -> VisionLanguageProcessor:
-    return make_processor(tokenizer, vision.image_size, placeholders, **spec.image)
+def clip_processor(spec: Model, vision: Any, tokenizer: PreTrainedTokenizerBase) -> VisionLanguageProcessor:
+    """What a contrastive stage prepares its pictures with."""
+    return VisionLanguageProcessor(
+        image_processor=make_image_processor(vision, spec.image),
+        tokenizer=tokenizer,
+        image_tokens=ImageTokens(per_view=1, side=0, view_size=image_size(vision)),
+    )
+
+
+def image_settings(spec: Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of both encoders' image processors: what a saved encoder brings, and over it what the recipe says."""
+    second = spec.second_vision or Backbone()
+    return {**_saved_settings(spec.vision), **spec.image}, {**_saved_settings(second), **spec.second_image}
+
+
+def _saved_settings(backbone: Backbone) -> dict[str, Any]:
+    """How a saved encoder was shown its pictures. Not how large: some name a smaller crop than they were made for."""
+    if backbone.pretrained is None:
+        return {}
+    try:
+        saved, _ = CLIPImageProcessorPil.get_image_processor_dict(backbone.pretrained)
+    except OSError:
+        return {}  # no preprocessor_config.json: what encoders of its kind are made for
+    return {name: saved[name] for name in ("image_mean", "image_std", "resample", "rescale_factor") if name in saved}
 
 
 def _trained(backbone: Backbone, run: Run) -> str | Path | None:
@@ -180,10 +217,14 @@ def _trained(backbone: Backbone, run: Run) -> str | Path | None:
 def _load(kind: Any, source: str | Path) -> PreTrainedModel:
     """A backbone with its weights, which never come from a pickle, whatever else lies in the folder."""
     check_source(source)
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = kind.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, report = kind.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source}: cannot be loaded ({' '.join(str(error).split())})") from error
+    check_complete(source, report)
     return model
 
 

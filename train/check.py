@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, CLIPTextConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from train.adapters import add_lora, target_modules
-from train.build import clip_settings, encoder_config, fused_config, language_config, open_sources
+from train.build import clip_settings, encoder_config, fused_config, image_settings, language_config, open_sources
 from train.parts import split_into_parts
-from train.recipe import Model, Recipe, Stage
+from train.recipe import Backbone, Model, Recipe, Stage
 from vlm.checkpoint import ADAPTER_CONFIG, check_source
 from vlm.configuration import VisionLanguageConfig
 from vlm.contrastive import make_clip
+from vlm.encoders import IMAGE_PROCESSORS, check_encoder, image_size, make_image_processor
 from vlm.errors import UserError
 from vlm.modeling import VisionLanguageModel
-from vlm.processing import make_image_processor
 from vlm.settings import nearest
 
 NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -67,7 +67,9 @@ def check_rows(recipe: Recipe, stage: Stage) -> None:
 
 def _check_names(spec: Model) -> None:
     if spec.vision.config is not None:
-        _check_fields("model.vision.config", spec.vision.config, CLIPVisionConfig)
+        _check_encoder("model.vision.config", spec.vision.config)
+    if spec.second_vision is not None and spec.second_vision.config is not None:
+        _check_encoder("model.second_vision.config", spec.second_vision.config)
     if spec.text_tower is not None:
         _check_fields("model.text_tower", spec.text_tower, CLIPTextConfig)
     if spec.language.config is not None:
@@ -76,6 +78,13 @@ def _check_names(spec: Model) -> None:
             near = nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
             raise UserError(f"model.language.config.model_type: no language model is called {kind!r}; {near}")
         _check_fields("model.language.config", spec.language.config, CONFIG_MAPPING[kind])
+
+
+def _check_encoder(where: str, settings: dict[str, Any]) -> None:
+    kind = str(settings.get("model_type", "clip_vision_model"))
+    if kind not in IMAGE_PROCESSORS:
+        raise UserError(f"{where}.model_type: no vision encoder is called {kind!r}; {nearest(kind, IMAGE_PROCESSORS)}")
+    _check_fields(where, settings, CONFIG_MAPPING[kind])
 
 
 def _check_fields(where: str, settings: dict[str, Any], kind: type[PreTrainedConfig]) -> None:
@@ -96,7 +105,7 @@ def _network(recipe: Recipe, stage: Stage) -> Any:
         vision, text = clip_settings(spec)
         with _blame("model.vision.config or model.text_tower"):
             clip = make_clip(vision, {**NO_IDS, **text}, spec.projection_dim)
-        _check_pictures(spec, clip.config.vision_config)
+        _check_pictures("model.image", clip.config.vision_config, spec.image)
         return clip
     if spec.pretrained is not None and stage.objective == "chat":
         config = _saved_config(spec.pretrained)
@@ -110,18 +119,38 @@ def _network(recipe: Recipe, stage: Stage) -> Any:
         if stage.objective == "language":
             _check_context(recipe, language)
             return model
-        with _blame("model.vision"):
-            encoder = encoder_config(spec.vision)
-        if not hasattr(encoder, "image_size"):
-            raise UserError(f"{spec.vision.pretrained}: a {encoder.model_type!r} model, where an encoder is needed")
-        config = fused_config(spec, encoder, language, 0)
-        _check_pictures(spec, encoder)
+        encoder, second = _encoder("model.vision", spec.vision), None
+        first_image, second_image = image_settings(spec)
+        _check_pictures("model.image", encoder, first_image)
+        if spec.second_vision is not None:
+            second = _encoder("model.second_vision", spec.second_vision)
+            _check_pictures("model.second_image", second, second_image)
+        with _blame("model"):
+            config = fused_config(spec, encoder, language, 0, second)
     _check_context(recipe, config.text_config)
     with _blame("model"):
         fused = VisionLanguageModel(config)
-        vision_config: Any = config.vision_config
-        fused.encode_images(torch.empty(1, 3, vision_config.image_size, vision_config.image_size))
+        _encode_a_picture(fused)
     return fused
+
+
+def _encoder(where: str, backbone: Backbone) -> PreTrainedConfig:
+    with _blame(where):
+        config = encoder_config(backbone)
+        if backbone.pretrained is not None and config.model_type not in IMAGE_PROCESSORS:
+            raise UserError(f"{backbone.pretrained}: a {config.model_type!r} model, where an encoder is needed")
+        check_encoder(config)
+        return config
+
+
+def _encode_a_picture(model: VisionLanguageModel) -> None:
+    tokens, second = model.config.image_tokens, model.config.second_vision_config
+    views = tokens.views(tokens.view_size, tokens.view_size)
+    first, other = (
+        torch.empty(views, 3, edge, edge) for edge in (tokens.view_size, image_size(second) if second else 0)
+    )
+    sizes = torch.tensor([[tokens.view_size, tokens.view_size]], device="cpu")
+    model.encode_images(first, sizes, other if second else None)
 
 
 def _saved_config(source: str) -> VisionLanguageConfig:
@@ -144,14 +173,14 @@ def _check_context(recipe: Recipe, language: Any) -> None:
         raise UserError(f"context: {recipe.context} is more than the {longest} tokens that the language model can read")
 
 
-def _check_pictures(spec: Model, encoder: Any) -> None:
+def _check_pictures(where: str, encoder: Any, settings: dict[str, Any]) -> None:
     """The image processor makes what the encoder takes, of a picture that isn't square."""
-    size = encoder.image_size
-    with _blame("model.image"), torch.device("cpu"):
-        processor = make_image_processor(size, **spec.image)
+    with _blame(where), torch.device("cpu"):
+        size = image_size(encoder)
+        processor: Any = make_image_processor(encoder, settings)
         made = processor([Image.new("RGB", (3 * size, 2 * size))], return_tensors="np")["pixel_values"][0].shape
     if tuple(made) != (3, size, size):
-        raise UserError(f"model.image: makes pictures of the shape {made}, and the encoder takes (3, {size}, {size})")
+        raise UserError(f"{where}: makes pictures of the shape {made}, and the encoder takes (3, {size}, {size})")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from data.encode import IGNORED, Example, encode_record
 from data.loader import ImageCache
 from data.records import Record
 from train.adapters import add_lora, draw_anew, merged, save_adapter
-from train.build import build_clip, build_language_model, build_model, find_tokenizer, processor_of
+from train.build import build_clip, build_language_model, build_model, clip_processor, find_tokenizer
 from train.recipe import Recipe, Stage
 from train.runs import Run
 from vlm.chat import ChatEncoder
@@ -56,8 +56,8 @@ class Contrastive(Objective):
         tokenizer = find_tokenizer(recipe, run)
         self.model = build_clip(recipe, tokenizer)
         self.tokenizer, self.stage, self.read = tokenizer, stage, read
-        self.processor = processor_of(recipe.model, self.model.config.vision_config, tokenizer, 1)
-        self.chat = ChatEncoder(tokenizer, None, self.processor.image_token, 1)
+        self.processor = clip_processor(recipe.model, self.model.config.vision_config, tokenizer)
+        self.chat = ChatEncoder(tokenizer, None, self.processor.image_token)
         self.end = self.model.config.text_config.eos_token_id
         self.length = self.model.config.text_config.max_position_embeddings
 
@@ -80,7 +80,7 @@ class Contrastive(Objective):
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         same = torch.tensor([numbers[text] for text in texts])
         cut = (record.where for (record, _), tokens in zip(pairs, encoded, strict=True) if len(tokens) >= self.length)
-        return CaptionBatch(ids, mask, self.processor.pixels(pictures), same, tuple(cut))
+        return CaptionBatch(ids, mask, self.processor.pixels(pictures)["pixel_values"], same, tuple(cut))
 
     def loss(self, model: nn.Module, batch: "CaptionBatch") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values)
@@ -124,11 +124,12 @@ class Language(Objective):
         tokenizer = find_tokenizer(recipe, run)
         self.model = build_language_model(recipe.model.language, tokenizer, run)
         self.tokenizer, self.stage = tokenizer, stage
-        self.chat = ChatEncoder(tokenizer, None, "<image>", 1)
+        self.chat = ChatEncoder(tokenizer, None, "<image>")
         self.context = recipe.context or self.model.config.max_position_embeddings
 
     def make(self, pairs: Sequence[Pair]) -> Batch:
-        return collate_text(_encode(pairs, self.chat, self.context, self.stage), self.tokenizer.pad_token_id)
+        examples = [encode_record(record, self.chat, self.context, self.stage.train_on, rng) for record, rng in pairs]
+        return collate_text(examples, self.tokenizer.pad_token_id)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return summed_cross_entropy(model(input_ids=batch.input_ids, use_cache=False).logits, batch.labels), {}
@@ -164,18 +165,21 @@ class Chat(Objective):
         self.model = self.vlm  # adapters sit inside it: its forward is theirs
 
     def make(self, pairs: Sequence[Pair]) -> Batch:
-        examples = _encode(pairs, self.processor.chat, self.context, self.stage)
-        pictures = [
-            self.stage.augment(_picture(self.read, record, path), rng, self.processor.shorter_edge)
-            for example, (record, rng) in zip(examples, pairs, strict=True)
-            for path in example.images
-        ]
+        examples: list[Example] = []
+        pictures: list[Image.Image] = []
+        for record, rng in pairs:
+            shown = [_picture(self.read, record, path) for path in record.images]
+            placeholders = self.processor.placeholders(shown)
+            example = encode_record(record, self.processor.chat, self.context, self.stage.train_on, rng, placeholders)
+            examples.append(example)
+            kept = shown[: len(example.images)]
+            pictures += [self.stage.augment(picture, rng, self.processor.shorter_edge) for picture in kept]
         return collate_chat(examples, pictures, self.processor)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         out = model(
             input_ids=batch.input_ids,
-            pixel_values=batch.pixel_values,
+            **batch.pixels,
             media_index=batch.media_index,
             document_start=batch.document_start,
             use_cache=False,
@@ -209,10 +213,6 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
-
-
-def _encode(pairs: Sequence[Pair], chat: ChatEncoder, context: int, stage: Stage) -> list[Example]:
-    return [encode_record(record, chat, context, stage.train_on, rng) for record, rng in pairs]
 
 
 def _picture(read: ImageCache, record: Record, path: Path) -> Image.Image:

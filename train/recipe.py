@@ -22,6 +22,7 @@ from vlm.settings import (
     parse,
     read_yaml,
 )
+from vlm.tiling import Tiling
 from vlm.tokenization import SMALLEST_VOCABULARY
 
 Seed = Annotated[int, Field(ge=0, le=4_000_000)]  # a stage's is a thousand times as much, and NumPy takes 32 bits
@@ -53,7 +54,8 @@ class Model:
 
     text_tower: CLIPTextConfig fields of contrastive stages; vision_position_std: deviation of a new encoder's
     positions, large where places matter, .02 where only shapes do; tokenizer_vocab: size of the byte-level tokenizer
-    that is made from the recipe's texts when the LM brings none; image: settings of the image processor.
+    that is made from the recipe's texts when the LM brings none; second_vision: an encoder whose features join the
+    first's; image, second_image: settings of their image processors.
     """
 
     pretrained: str | None = None
@@ -63,12 +65,16 @@ class Model:
     projection_dim: Count = 128
     vision_position_std: Positive = POSITION_STD
     tokenizer_vocab: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] = 512
+    second_vision: Backbone | None = None
     fusion: Literal["early", "deep"] = "early"
     connector: Connector = field(default_factory=Connector)
     cross_attention: CrossAttention = field(default_factory=CrossAttention)
     feature_layer: int | list[int] = -2
     feature_select: Literal["patch", "cls_patch"] = "patch"
+    second_feature_layer: int | list[int] = -2
+    tiling: Tiling = field(default_factory=Tiling)
     image: dict[str, Any] = field(default_factory=dict)
+    second_image: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.feature_layer == []:
@@ -172,8 +178,8 @@ class Recipe:
             raise ValueError("a recipe needs at least one stage")
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ, got {', '.join(names)}")
-        for backbone in (self.model.vision, self.model.language):
-            if backbone.stage is not None and backbone.stage not in names:
+        for backbone in (self.model.vision, self.model.second_vision, self.model.language):
+            if backbone is not None and backbone.stage is not None and backbone.stage not in names:
                 raise ValueError(f"no stage {backbone.stage!r} in this recipe; there are {', '.join(names)}")
 
     @property

@@ -19,11 +19,10 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """input_ids [T]; supervised [T], True on what the assistant must say, end of turn included; images in the text."""
+    """input_ids [T]; supervised [T], True on what the assistant must say, end of turn included."""
 
     input_ids: list[int]
     supervised: list[bool]
-    num_images: int
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,10 @@ class Segment:
 
 
 class ChatEncoder:
-    """Encodes chats with one tokenizer and template. Safe to share between threads.
+    """Encodes chats with one tokenizer and template. Safe to share between threads."""
 
-    placeholders: how many image tokens take the place of each image mark of the template.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str | None, image_token: str, placeholders: int
-    ) -> None:
-        self.tokenizer, self.template, self.placeholders = tokenizer, template, placeholders
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None, image_token: str) -> None:
+        self.tokenizer, self.template = tokenizer, template
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(f"{type(tokenizer).__name__} has no fast tokenizer; use a model with a tokenizer.json")
@@ -56,9 +50,14 @@ class ChatEncoder:
         self._control = dict(sorted(added.items(), key=lambda item: -len(item[0])))
         self.image_token, self.image_token_id = image_token, added.get(image_token)
 
-    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> ChatTokens:
-        """Tokens of a chat. UserError when the template can't render it."""
-        return self.tokenise(self.render(messages, add_generation_prompt), messages)
+    def encode(
+        self, messages: Sequence[Message], placeholders: Sequence[int] = (), add_generation_prompt: bool = False
+    ) -> ChatTokens:
+        """Tokens of a chat. placeholders: how many image tokens take the place of each image's mark, in order.
+
+        UserError when the template can't render it, or shows more or fewer images than these.
+        """
+        return self.tokenise(self.render(messages, add_generation_prompt), messages, placeholders)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
         """The chat as the template writes it, cut into the template's text and the people's."""
@@ -93,7 +92,9 @@ class ChatEncoder:
             raise UserError("the chat template's text depends on what the messages say; use another template")
         return segments
 
-    def tokenise(self, segments: Sequence[Segment], messages: Sequence[Message]) -> ChatTokens:
+    def tokenise(
+        self, segments: Sequence[Segment], messages: Sequence[Message], placeholders: Sequence[int] = ()
+    ) -> ChatTokens:
         ids: list[int] = []
         supervised: list[bool] = []
         num_images = 0
@@ -101,9 +102,10 @@ class ChatEncoder:
         for piece, control in self._pieces(segments):
             if control is not None:
                 if control == self.image_token_id:
+                    count = placeholders[num_images] if num_images < len(placeholders) else 0
                     num_images += 1
-                    ids += [control] * self.placeholders
-                    supervised += [False] * self.placeholders
+                    ids += [control] * count
+                    supervised += [False] * count
                 else:
                     ids.append(control)
                     supervised.append(answering)
@@ -120,7 +122,9 @@ class ChatEncoder:
                     answering = said
             ids += encoding.ids
             supervised += [next(said for end, said in ends if stop <= end) for _, stop in encoding.offsets]
-        return ChatTokens(ids, supervised, num_images)
+        if num_images != len(placeholders):
+            raise UserError(f"the chat template shows {num_images} images, and there are {len(placeholders)}")
+        return ChatTokens(ids, supervised)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; control tokens in it are text."""

@@ -51,14 +51,23 @@ def load(
         raise UserError(f"{source}: the weights are cut off or broken ({error})") from None
     except Exception as error:  # transformers fails in many ways on broken folders
         raise UserError(f"{source}: cannot be loaded ({_first_line(error)})") from error
-    if report["missing_keys"]:
-        lacking = sorted(report["missing_keys"])
-        raise UserError(f"{source}: its weights lack {len(lacking)} tensors, the first is {lacking[0]}")
+    check_complete(source, report)
+    if processor.image_tokens != model.config.image_tokens:
+        raise UserError(
+            f"{source}: processor_config.json counts image tokens for another model than config.json "
+            f"({processor.image_tokens} instead of {model.config.image_tokens}); use the one saved with the model"
+        )
     if not processor.chat_template:
         raise UserError(f"{source}: no chat template in it (chat_template.jinja), so it can't be asked anything")
     if adapter is not None:
         model = merge_adapter(model, adapter)
     return model.to(device).eval(), processor
+
+
+def check_complete(source: str | Path, report: dict[str, Any]) -> None:
+    """UserError when transformers has drawn tensors at random that the files of a model lack."""
+    if lacking := sorted(report["missing_keys"]):
+        raise UserError(f"{source}: its weights lack {len(lacking)} tensors, the first is {lacking[0]}")
 
 
 def merge_adapter(model: VisionLanguageModel, adapter: Path) -> VisionLanguageModel:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from vlm.configuration import CrossAttention
-from vlm.fusion import MediaLayout, gated_layer_indices
+from vlm.fusion import Media, MediaLayout, gated_layer_indices
 from vlm.resampler import FeedForward
-from vlm.visual import KeyValue, Visual
+from vlm.visual import KeyValue
 
 
 class GatedCrossAttention(nn.Module):
@@ -86,21 +86,20 @@ def _attend_before_layer(
     block: GatedCrossAttention,
     position: int,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    visual: Visual | None = kwargs.pop("visual", None)
-    layout: MediaLayout | None = kwargs.pop("media_layout", None)
-    if visual is None or layout is None:
+    media: Media | None = kwargs.pop("media", None)
+    if media is None:
         if block.zero_ffn_without_media:
             return args, kwargs
         # Flamingo applies the feed-forward to text without images, too
         fed = block.ff_gate.tanh() * block.feed_forward(args[0])
         return (args[0] + fed, *args[1:]), kwargs
-    ready = visual.layers[position] if visual.layers else None
-    return (block(args[0], visual.tokens, ready, layout), *args[1:]), kwargs
+    media.reached += 1
+    ready = media.visual.layers[position] if media.visual.layers else None
+    return (block(args[0], media.visual.tokens, ready, media.layout), *args[1:]), kwargs
 
 
 def _drop_media(
     _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kwargs.pop("visual", None)
-    kwargs.pop("media_layout", None)
+    kwargs.pop("media", None)
     return args, kwargs

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from vlm.configuration import CrossAttention
+from vlm.visual import Visual
 
 
 def index_media(
@@ -53,6 +54,15 @@ class MediaLayout:
     index: torch.Tensor | None
     visible: torch.Tensor
     any_visible: torch.Tensor
+
+
+@dataclass
+class Media:
+    """The images of one forward on their way to the LM's layers, as an argument. reached: layers that they came to."""
+
+    visual: Visual
+    layout: MediaLayout
+    reached: int = 0
 
 
 def lay_out_media(

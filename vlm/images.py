@@ -3,10 +3,12 @@
 import hashlib
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vlm.errors import UserError
 
@@ -16,8 +18,17 @@ MAX_PIXELS = 100_000_000
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in a file, as RGB. UserError when there is none, or none that may be decoded."""
+    return decode_image(_read(path), str(path), max_pixels)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the image that `read_image` gives, from the file's header."""
+    return decode_size(_read(path), str(path))
+
+
+def _read(path: Path) -> bytes:
     try:
-        return decode_image(path.read_bytes(), str(path), max_pixels)
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except IsADirectoryError:
@@ -31,19 +42,38 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
 
     The size is checked on the header, before any pixel is decoded. Raises UserError beginning with `name`.
     """
+    with _explained(name):
+        image = _open(data, name, max_pixels)
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def decode_size(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of the image that `decode_image` gives, from its header."""
+    with _explained(name):
+        image = _open(data, name, max_pixels)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if not data:
         raise UserError(f"{name}: empty, not an image")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise UserError(f"{name}: an image of {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise UserError(f"{name}: {width} x {height} pixels are over the limit of {max_pixels:,}")
+    return image
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of big images and odd metadata; both are handled here
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width < 1 or height < 1:
-                raise UserError(f"{name}: an image of {width} x {height} pixels")
-            if width * height > max_pixels:
-                raise UserError(f"{name}: {width} x {height} pixels are over the limit of {max_pixels:,}")
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            yield
     except Image.DecompressionBombError:
         raise UserError(f"{name}: too many pixels to be decoded") from None
     except UnidentifiedImageError:

@@ -10,11 +10,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlm.configuration import VisionLanguageConfig
 from vlm.cross_attention import GatedCrossAttention, insert_blocks
-from vlm.fusion import MediaLayout, index_media, lay_out_media
+from vlm.fusion import Media, MediaLayout, index_media, lay_out_media
 from vlm.projector import MLPProjector
 from vlm.resampler import LATENT_STD, PerceiverResampler
-from vlm.vision import VisionTower
+from vlm.vision import VisionTower, merge_towers
 from vlm.visual import Visual
+
+PIXELS = ("pixel_values", "image_sizes", "second_pixel_values")  # what a processor makes of images
 
 
 @dataclass
@@ -47,14 +49,21 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         connector = config.connector_settings
         self.vision_tower = VisionTower(vision_config, config.vision_feature_layer, config.vision_feature_select)
         self.language_model = AutoModelForCausalLM.from_config(text_config)
-        patch_size, width = self.vision_tower.feature_size, text_config.hidden_size
+        patch_width, width = self.vision_tower.feature_size, text_config.hidden_size
+        self.second_vision_tower: VisionTower | None = None
+        if config.second_vision_config is not None:
+            second: Any = config.second_vision_config
+            self.second_vision_tower = VisionTower(second, config.second_vision_feature_layer, "patch")
+            patch_width += self.second_vision_tower.feature_size
         deep = config.fusion == "deep"
         if connector.type == "mlp":
-            self.multi_modal_projector: nn.Module = MLPProjector(connector, patch_size, width)
+            self.multi_modal_projector: nn.Module = MLPProjector(connector, patch_width, width)
         else:
             out_size = None if deep else width
-            self.multi_modal_projector = PerceiverResampler(connector, patch_size, out_size, config.squares_per_image)
-        media_width = patch_size if deep and connector.type == "perceiver" else width
+            self.multi_modal_projector = PerceiverResampler(connector, patch_width, out_size, config.squares_per_view)
+        media_width = patch_width if deep and connector.type == "perceiver" else width
+        anyres = config.image_tokens.mode == "anyres"
+        self.image_newline = nn.Parameter(torch.empty(media_width)) if anyres else None
         self.cross_attention = (
             insert_blocks(decoder_layers(self.language_model), config.cross_attention_settings, width, media_width)
             if deep
@@ -90,14 +99,32 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         elif isinstance(module, GatedCrossAttention):
             nn.init.zeros_(module.attn_gate)
             nn.init.zeros_(module.ff_gate)
+        elif module is self and self.image_newline is not None:
+            nn.init.normal_(self.image_newline, std=self.image_newline.shape[0] ** -0.5)  # as LLaVA-NeXT
 
-    def encode_images(self, pixel_values: torch.Tensor, keys: tuple[str, ...] = ()) -> Visual:
-        """pixel_values: [I, 3, H, W], the images of the whole batch in the order of their placeholders."""
-        pixel_values = pixel_values.to(next(self.vision_tower.parameters()).dtype)
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        second_pixel_values: torch.Tensor | None = None,
+        keys: tuple[str, ...] = (),
+    ) -> Visual:
+        """The images of the whole batch in the order of their placeholders, as the LM sees them.
+
+        pixel_values: [V, 3, H, W], all views of all images, and those for the second encoder; image_sizes: [I, 2],
+        heights and widths, needed where images are cut into tiles. ValueError when views and sizes don't match.
+        """
         features = self.vision_tower(pixel_values)
-        images = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
-        lengths = (images.shape[1],) * images.shape[0]
-        return Visual(images.flatten(0, 1), lengths, tiles=(1,) * len(lengths), keys=keys)
+        if self.second_vision_tower is not None:
+            if second_pixel_values is None:
+                raise ValueError("this model has two vision encoders: give second_pixel_values, too")
+            features = merge_towers(features, self.second_vision_tower(second_pixel_values))
+        views = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
+        layout = self.config.image_tokens
+        sizes = None if image_sizes is None else [(int(height), int(width)) for height, width in image_sizes.tolist()]
+        tokens, lengths = layout.arrange(views, sizes, self.image_newline)
+        tiles = tuple(layout.views(*size) for size in sizes) if sizes else (1,) * len(lengths)
+        return Visual(tokens, lengths, tiles=tiles, keys=keys)
 
     def project_layers(self, visual: Visual) -> Visual:
         """Deep fusion: the images with the keys and values of every gated block made ready, for repeated decoding."""
@@ -119,6 +146,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        second_pixel_values: torch.Tensor | None = None,
         visual: Visual | None = None,
         media_index: torch.Tensor | None = None,
         document_start: torch.Tensor | None = None,
@@ -130,18 +159,19 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     ) -> VisionLanguageOutput:
         """One step of the LM over text and images.
 
-        input_ids: [B, T] with image tokens; pixel_values: [I, 3, H, W] of all images in reading order, or `visual`,
-        what `encode_images` made of them. media_index and document_start: [B, T], see `fusion.index_media`; found from
-        the image tokens when left out (a prompt), required when decoding deep fusion from a cache. Images that no
-        token refers to take part with weight zero. media_layout: what follows from the three in deep fusion, for a
-        decoding loop that keeps it between steps. Raises ValueError when image tokens and images don't match.
+        input_ids: [B, T] with image tokens; pixel_values, image_sizes and second_pixel_values of all images in reading
+        order (see `encode_images`), or `visual`, what `encode_images` made of them. media_index and document_start:
+        [B, T], see `fusion.index_media`; found from the image tokens when left out (a prompt), required when decoding
+        deep fusion from a cache. Images that no token refers to take part with weight zero. media_layout: what follows
+        from the three in deep fusion, for a decoding loop that keeps it between steps. Raises ValueError when image
+        tokens and images don't match.
         """
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if visual is None and pixel_values is not None:
-            visual = self.encode_images(pixel_values)
+            visual = self.encode_images(pixel_values, image_sizes, second_pixel_values)
         if media_index is None and input_ids is not None and self.config.image_token_id is not None:
             cached = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
             if not cached:
@@ -157,9 +187,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                     raise ValueError("decoding with images from a cache needs media_index and document_start")
                 attend = self.config.cross_attention_settings.attend
                 media_layout = lay_out_media(media_index, document_start, visual.lengths, attend)
-            layer_kwargs = {"visual": visual, "media_layout": media_layout}
             if use_cache and not self.training and not visual.layers:
-                visual = layer_kwargs["visual"] = self.project_layers(visual)
+                visual = self.project_layers(visual)
+            layer_kwargs = {"media": Media(visual, media_layout)}
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -171,6 +201,11 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             **layer_kwargs,
             **kwargs,
         )
+        if layer_kwargs and not layer_kwargs["media"].reached:
+            raise ValueError(
+                f"{type(self.language_model).__name__} hands no arguments on to its layers, so deep fusion can't "
+                "show them images; use early fusion with it"
+            )
         return VisionLanguageOutput(
             loss=outputs.loss,
             logits=outputs.logits,
@@ -197,7 +232,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
                 inputs[name] = inputs[name][:, -length:]
         # without a cache every step is a prompt of its own, and needs its images again
         if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
-            inputs["pixel_values"] = None
+            inputs.update(dict.fromkeys(PIXELS))
             if self.config.fusion == "early":
                 inputs["visual"] = None
         return inputs
@@ -228,16 +263,15 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Beams and copies share the images of their prompt: each is encoded once and never repeated in deep fusion."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
+        pixels = {name: model_kwargs.pop(name) for name in PIXELS if model_kwargs.get(name) is not None}
         visual = model_kwargs.get("visual")
-        if expand_size == 1 or input_ids is None or (visual is None and pixel_values is None):
-            if pixel_values is not None:
-                model_kwargs["pixel_values"] = pixel_values
+        if expand_size == 1 or input_ids is None or (visual is None and not pixels):
+            model_kwargs.update(pixels)
             expanded: tuple[torch.Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
                 expand_size, is_encoder_decoder, input_ids, **model_kwargs
             )
             return expanded
-        visual = self.encode_images(pixel_values) if visual is None else visual
+        visual = self.encode_images(**pixels) if visual is None else visual
         if model_kwargs.get("media_index") is None:
             indexed = self.index_media(input_ids, visual, model_kwargs.get("position_ids"))
             model_kwargs["media_index"], model_kwargs["document_start"] = indexed
@@ -251,12 +285,18 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
 
 def decoder_layers(language_model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal LM of transformers; ValueError when they aren't where its family keeps them."""
-    decoder = language_model.get_decoder()
-    for holder in (decoder, getattr(decoder, "decoder", None)):
-        layers = getattr(holder, "layers", None)
-        if isinstance(layers, nn.ModuleList):
-            return layers
-    raise ValueError(
-        f"{type(language_model).__name__} keeps its decoder layers in an unknown place: deep fusion can't enter"
-    )
+    """The decoder layers of a causal LM of transformers: the one list of that many modules outside of all lists.
+
+    ValueError for a model that has none, or several.
+    """
+    decoder, count = language_model.get_decoder(), language_model.config.num_hidden_layers
+    lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [
+        layers
+        for name, layers in lists.items()
+        if len(layers) == count and not any(name.startswith(f"{other}.") for other in lists)
+    ]
+    if len(outer) != 1:
+        kind = type(language_model).__name__
+        raise ValueError(f"{kind} keeps its {count} decoder layers in an unknown place: deep fusion can't enter")
+    return outer[0]

@@ -1,24 +1,31 @@
 """`VisionLanguageProcessor`: chats and images to tensors; one place for trainer, engines and transformers users."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vlm.chat import ChatEncoder
-from vlm.errors import UserError
-from vlm.settings import nearest
+from vlm.configuration import VisionLanguageConfig
+from vlm.encoders import make_image_processor, restore_image_processor
+from vlm.settings import parse, plain
+from vlm.tiling import ImageTokens
 from vlm.tokenization import IMAGE_TOKEN
 
 MAX_ASPECT = 50
 
 
 class VisionLanguageProcessor(ProcessorMixin):
-    """An image processor and a tokenizer, and how many image tokens stand for one image."""
+    """A tokenizer, the preprocessing of each vision encoder, and how many image tokens stand for an image.
+
+    image_tokens: `VisionLanguageConfig.image_tokens` of the model, or what `to_dict` made of it; second_preprocessing:
+    the settings of the second encoder's image processor.
+    """
 
     def __init__(
         self,
@@ -26,71 +33,97 @@ class VisionLanguageProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
         image_token: str = IMAGE_TOKEN,
-        placeholders_per_image: int = 1,
+        image_tokens: ImageTokens | dict[str, Any] | None = None,
+        second_preprocessing: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.image_token = image_token
-        self.placeholders_per_image = placeholders_per_image
+        if not isinstance(image_tokens, ImageTokens):
+            image_tokens = parse(ImageTokens, image_tokens or {}, "image_tokens")
+        self.image_token, self.image_tokens = image_token, image_tokens
+        self.second_preprocessing = second_preprocessing
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "image_tokens": plain(asdict(self.image_tokens))}
 
     @cached_property
     def chat(self) -> ChatEncoder:
         """Messages -> ids that know who said what."""
-        return ChatEncoder(self.tokenizer, self.chat_template, self.image_token, self.placeholders_per_image)
+        return ChatEncoder(self.tokenizer, self.chat_template, self.image_token)
+
+    @cached_property
+    def image_processors(self) -> dict[str, Any]:
+        """For each encoder of the model, under the name of its tensor."""
+        known = {"pixel_values": self.image_processor}
+        if self.second_preprocessing is not None:
+            known["second_pixel_values"] = restore_image_processor(self.second_preprocessing)
+        return known
 
     @property
     def shorter_edge(self) -> int | None:
-        """Pixels of an image's shorter edge that the image processor keeps; None where it has its own rule."""
-        return getattr(self.image_processor.size, "shortest_edge", None)
+        """Pixels of an image's shorter edge that are kept; None where that depends on the image."""
+        whole = self.image_tokens.mode == "none"
+        return getattr(self.image_processor.size, "shortest_edge", None) if whole else None
 
-    def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """RGB images -> pixel_values [I, 3, H, W]."""
-        if self.shorter_edge and getattr(self.image_processor, "do_center_crop", False):
-            images = [_middle(image) for image in images]
-        pixel_values = self.image_processor(list(images), return_tensors="np")["pixel_values"]
-        return torch.from_numpy(np.asarray(pixel_values, dtype=np.float32))
+    def placeholders(self, images: Sequence[Image.Image]) -> list[int]:
+        """Image tokens that stand for each of these images."""
+        return [self.image_tokens.placeholders(image.height, image.width) for image in images]
+
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """RGB images -> pixel_values [V, 3, H, W] of all views, the same for a second encoder, image_sizes [I, 2]."""
+        views = [view for image in images for view in self.image_tokens.cut(image)]
+        made = {name: _preprocess(views, processor) for name, processor in self.image_processors.items()}
+        return {**made, "image_sizes": torch.tensor([[image.height, image.width] for image in images])}
 
     def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
-        """Rendered prompts and their images, as transformers calls it: image marks become image tokens."""
+        """Rendered prompts and their images, as transformers calls it: image marks become image tokens.
+
+        ValueError when there are more or fewer marks than images.
+        """
         texts = [text] if isinstance(text, str) else list(text or [])
-        marked = [item.replace(self.image_token, self.image_token * self.placeholders_per_image) for item in texts]
+        flat = _flatten(images)
         tensors = kwargs.pop("return_tensors", "pt")
         kwargs.pop("images_kwargs", None)
-        data = dict(self.tokenizer(marked, return_tensors=tensors, **kwargs)) if texts else {}
-        flat = _flatten(images)
-        if flat:
-            data["pixel_values"] = self.pixels(flat)
-        return BatchFeature(data)
+        data = dict(self.tokenizer(self._expand(texts, flat), return_tensors=tensors, **kwargs)) if texts else {}
+        return BatchFeature({**data, **self.pixels(flat)} if flat else data)
+
+    def _expand(self, texts: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
+        pieces = [text.split(self.image_token) for text in texts]
+        marks = sum(len(piece) - 1 for piece in pieces)
+        if marks != len(images):
+            raise ValueError(f"the text has {marks} {self.image_token} marks for {len(images)} images")
+        counts = iter(self.placeholders(images))
+        return [first + "".join(self.image_token * next(counts) + part for part in rest) for first, *rest in pieces]
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", *self.image_processors, "image_sizes"]
 
 
 def make_processor(
-    tokenizer: PreTrainedTokenizerBase, image_size: int, placeholders: int, **image_settings: Any
+    config: VisionLanguageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    image: Mapping[str, Any] | None = None,
+    second_image: Mapping[str, Any] | None = None,
 ) -> VisionLanguageProcessor:
-    """A processor for a model put together here: CLIP's preprocessing at `image_size` unless told otherwise."""
+    """A processor for a model: the preprocessing that each encoder was made for, but for these settings."""
+    vision: Any = config.vision_config
+    second: Any = config.second_vision_config
     return VisionLanguageProcessor(
-        image_processor=make_image_processor(image_size, **image_settings),
+        image_processor=make_image_processor(vision, image or {}),
         tokenizer=tokenizer,
-        placeholders_per_image=placeholders,
+        image_tokens=config.image_tokens,
+        second_preprocessing=None if second is None else make_image_processor(second, second_image or {}).to_dict(),
     )
 
 
-def make_image_processor(image_size: int, **image_settings: Any) -> CLIPImageProcessorPil:
-    """CLIP's preprocessing. UserError for a setting that it doesn't know, and would ignore."""
-    known = get_type_hints(CLIPImageProcessorPil.valid_kwargs)
-    for name in image_settings:
-        if name not in known:
-            raise UserError(f"model.image.{name}: unknown setting; {nearest(name, known)}")
-    settings = {
-        "size": {"shortest_edge": image_size},
-        "crop_size": {"height": image_size, "width": image_size},
-        **image_settings,
-    }
-    return CLIPImageProcessorPil(**settings)
+def _preprocess(views: Sequence[Image.Image], processor: Any) -> torch.Tensor:
+    """[V, 3, H, W]"""
+    if getattr(processor.size, "shortest_edge", None) and getattr(processor, "do_center_crop", False):
+        views = [_middle(view) for view in views]
+    pixel_values = processor(list(views), return_tensors="np")["pixel_values"]
+    return torch.from_numpy(np.asarray(pixel_values, dtype=np.float32))
 
 
 def _middle(image: Image.Image) -> Image.Image:

@@ -15,9 +15,9 @@ class MLPProjector(nn.Module):
         self.pool, self.pooling = settings.pool, settings.pooling
         if self.pooling == "concat":
             in_size *= self.pool**2
-        layers: list[nn.Module] = [nn.Linear(in_size, out_size)]
+        layers: list[nn.Module] = [nn.Linear(in_size, out_size, bias=settings.bias)]
         for _ in range(settings.depth - 1):
-            layers += [ACT2FN[settings.activation], nn.Linear(out_size, out_size)]
+            layers += [ACT2FN[settings.activation], nn.Linear(out_size, out_size, bias=settings.bias)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from PIL import Image
 from data.collate import collate_chat, collate_text, pad_rows
 from data.encode import IGNORED, Example, encode_record
 from data.records import IMAGE_PART, Record, text_part
+from tests.processors import plain_processor
 from vlm import VisionLanguageProcessor, load
-from vlm.processing import make_processor
 
 TinyModels = Callable[[str, str], Path]
 TURNS = [
@@ -38,13 +38,14 @@ def examples_of(processor: VisionLanguageProcessor, turns: list[tuple[int, str, 
         )
         images = tuple(Path(f"{row}-{n}.png") for n in range(count))
         record = Record(f"rows:{row}", messages, images)
-        made.append(encode_record(record, processor.chat, 512, "assistant", np.random.default_rng(0)))
+        placeholders = processor.placeholders([picture(0)] * count)
+        made.append(encode_record(record, processor.chat, 512, "assistant", np.random.default_rng(0), placeholders))
     return made
 
 
 @pytest.fixture
 def processor(tiny_tokenizer: Any) -> VisionLanguageProcessor:
-    return make_processor(tiny_tokenizer, 32, 4)
+    return plain_processor(tiny_tokenizer, 4)
 
 
 def test_rows_are_padded_on_the_right_and_padding_is_never_learned() -> None:
@@ -62,8 +63,8 @@ def test_a_batch_knows_its_images_and_counts_its_tokens(processor: VisionLanguag
     assert batch.input_ids.shape == batch.labels.shape == batch.media_index.shape == (4, width)
     assert batch.tokens == sum(len(example.input_ids) for example in examples)
     assert batch.supervised == int((batch.labels[:, 1:] != IGNORED).sum())
-    assert batch.pixel_values is not None
-    assert torch.equal(batch.pixel_values, processor.pixels(pictures))
+    assert torch.equal(batch.pixels["pixel_values"], processor.pixels(pictures)["pixel_values"])
+    assert batch.pixels["image_sizes"].tolist() == [[image.height, image.width] for image in pictures]
     seen = 0
     for row, example in enumerate(examples):
         start, current, placed = seen + 1, 0, 0
@@ -80,13 +81,12 @@ def test_a_batch_knows_its_images_and_counts_its_tokens(processor: VisionLanguag
 def test_a_batch_without_images_gets_a_blank_one_that_nobody_sees(tiny_models: TinyModels, fusion: str) -> None:
     model, processor = load(tiny_models(fusion, "perceiver"))
     batch = collate_chat(examples_of(processor, [TURNS[0], TURNS[3]]), [], processor)
-    assert batch.pixel_values is not None
-    assert batch.pixel_values.shape == (1, 3, 32, 32)
+    assert batch.pixels["pixel_values"].shape == (1, 3, 32, 32)
     assert batch.media_index.eq(0).all()
     given = {"media_index": batch.media_index, "document_start": batch.document_start}
     with torch.no_grad():
-        blank = model(input_ids=batch.input_ids, pixel_values=batch.pixel_values, **given).logits
-        other = model(input_ids=batch.input_ids, pixel_values=processor.pixels([picture(1)]), **given).logits
+        blank = model(input_ids=batch.input_ids, **batch.pixels, **given).logits
+        other = model(input_ids=batch.input_ids, **processor.pixels([picture(1)]), **given).logits
         none = model(input_ids=batch.input_ids).logits
     assert torch.equal(blank, other)
     assert torch.equal(blank, none)
@@ -103,7 +103,7 @@ def test_a_batchs_loss_is_the_sum_of_its_rows_losses(tiny_models: TinyModels, fu
         with torch.no_grad():
             logits = model(
                 input_ids=batch.input_ids,
-                pixel_values=batch.pixel_values,
+                **batch.pixels,
                 media_index=batch.media_index,
                 document_start=batch.document_start,
             ).logits
@@ -123,9 +123,11 @@ def test_a_mismatch_of_pictures_and_rows_is_found_when_the_batch_is_made(process
 
 def test_a_batch_of_text_has_no_pictures_and_moves_as_one(processor: VisionLanguageProcessor) -> None:
     batch = collate_text(examples_of(processor, [TURNS[0], TURNS[3]]), pad=0)
-    assert batch.pixel_values is None
+    assert batch.pixels == {}
     assert batch.media_index.eq(0).all()
-    moved = batch.to(torch.device("meta"))
-    tensors = (moved.input_ids, moved.labels, moved.media_index, moved.document_start)
-    assert all(tensor.is_meta for tensor in tensors)
-    assert (moved.pixel_values, moved.supervised, moved.tokens) == (None, batch.supervised, batch.tokens)
+    shown = collate_chat(examples_of(processor, [TURNS[1]]), [picture(0)], processor)
+    for whole in (batch, shown):
+        moved = whole.to(torch.device("meta"))
+        tensors = (moved.input_ids, moved.labels, moved.media_index, moved.document_start, *moved.pixels.values())
+        assert all(tensor.is_meta for tensor in tensors)
+        assert (moved.pixels.keys(), moved.supervised) == (whole.pixels.keys(), whole.supervised)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from data.encode import IGNORED, Example, TrainOn, encode_record
 from data.records import IMAGE_PART, Record, text_part
+from tests.processors import plain_processor
 from vlm import UserError, VisionLanguageProcessor
 from vlm.chat import ChatEncoder
-from vlm.processing import make_processor
 from vlm.tokenization import IMAGE_TOKEN
 
 PER_IMAGE = 3
@@ -21,7 +21,7 @@ PER_IMAGE = 3
 
 @pytest.fixture(scope="module")
 def processor(tiny_tokenizer: Any) -> VisionLanguageProcessor:
-    return make_processor(tiny_tokenizer, 32, PER_IMAGE)
+    return plain_processor(tiny_tokenizer, PER_IMAGE)
 
 
 def record(*turns: tuple[int, str, str], system: str = "", captions: tuple[str, ...] = ()) -> Record:
@@ -38,7 +38,8 @@ def record(*turns: tuple[int, str, str], system: str = "", captions: tuple[str, 
 def encode(
     row: Record, processor: VisionLanguageProcessor, context: int = 512, train_on: TrainOn = "assistant", seed: int = 0
 ) -> Example:
-    return encode_record(row, processor.chat, context, train_on, np.random.default_rng(seed))
+    placeholders = [PER_IMAGE] * len(row.images)
+    return encode_record(row, processor.chat, context, train_on, np.random.default_rng(seed), placeholders)
 
 
 WORDS = st.text("abc ?<>|", min_size=1, max_size=8).filter(str.strip)
@@ -82,7 +83,7 @@ def test_several_captions_are_drawn_by_the_rows_own_generator(processor: VisionL
     assert set(drawn) == set(captions)
     one = record((1, "describe", captions[0]), captions=captions[:1])
     generator = np.random.default_rng(0)
-    encode_record(one, processor.chat, 512, "assistant", generator)
+    encode_record(one, processor.chat, 512, "assistant", generator, [PER_IMAGE])
     assert generator.random() == np.random.default_rng(0).random()  # nothing is drawn where there is no choice
 
 
@@ -124,14 +125,14 @@ def test_what_the_template_or_tokenizer_refuses_is_named_by_its_line(processor: 
     with pytest.raises(UserError, match=r"^rows\.jsonl:3: .*surrogate"):
         encode(record((0, "what", "a \ud800 cube")), processor)
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content[0].text }}{% endif %}{% endfor %}"
-    lossy = ChatEncoder(processor.tokenizer, template, IMAGE_TOKEN, 1)
+    lossy = ChatEncoder(processor.tokenizer, template, IMAGE_TOKEN)
     with pytest.raises(UserError, match=r"^rows\.jsonl:3: the chat template drops message 2 of 2"):
         encode_record(record((0, "what", "a cube")), lossy, 512, "assistant", np.random.default_rng(0))
 
 
 def test_a_row_of_which_nothing_would_be_learned_is_refused(processor: VisionLanguageProcessor) -> None:
     template = "{% for m in messages %}{{ m.content[0].text | trim }}{% endfor %}"
-    silent = ChatEncoder(processor.tokenizer, template, IMAGE_TOKEN, 1)
+    silent = ChatEncoder(processor.tokenizer, template, IMAGE_TOKEN)
     row = record((0, "what", " "))
     with pytest.raises(UserError, match=r"rows\.jsonl:3: no token of it would be learned"):
         encode_record(row, silent, 512, "assistant", np.random.default_rng(0))

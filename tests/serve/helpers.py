@@ -15,9 +15,9 @@ from PIL import Image
 
 from serve.engine import ImageInput, SamplingParams
 from serve.engine import Request as EngineRequest
+from serve.media import prepare_image
 from serve.torch_engine import TorchEngine
 from vlm import VisionLanguageModel, VisionLanguageProcessor
-from vlm.images import image_key
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 Loaded = tuple[VisionLanguageModel, VisionLanguageProcessor]
@@ -36,11 +36,13 @@ def data_url(image: Image.Image, kind: str = "PNG") -> str:
 
 def chat_ids(processor: VisionLanguageProcessor, text: str, images: int = 0) -> list[int]:
     content = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
-    return processor.chat.encode([{"role": "user", "content": content}], add_generation_prompt=True).input_ids
+    placeholders = processor.placeholders([picture(0)] * images)
+    message = {"role": "user", "content": content}
+    return processor.chat.encode([message], placeholders, add_generation_prompt=True).input_ids
 
 
 def image_input(processor: VisionLanguageProcessor, image: Image.Image) -> ImageInput:
-    return ImageInput(processor.pixels([image]), image_key(image))
+    return prepare_image(image, processor)
 
 
 def make_request(

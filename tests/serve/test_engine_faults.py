@@ -88,7 +88,8 @@ def test_an_image_that_gives_no_numbers_poisons_nobody(make_engine, loaded, fusi
     engine = make_engine(fusion, connector, max_batch=3)
     good = [make_request(processor, f"good {i}", (picture(i),), max_tokens=30) for i in range(4)]
     expected = run(engine, *good)
-    bad_image = replace(image_input(processor, picture(50)), pixel_values=torch.full((1, 3, 32, 32), torch.nan))
+    good_image = image_input(processor, picture(50))
+    bad_image = replace(good_image, pixels={name: values * torch.nan for name, values in good_image.pixels.items()})
     bad = replace(make_request(processor, "bad", (picture(50),)), images=(bad_image,))
 
     async def scene():

@@ -18,7 +18,7 @@ def same_tokens(model, processor, request, images, answer):
     length = len(request.input_ids)
     oracle = model.generate(
         torch.tensor([request.input_ids]),
-        pixel_values=processor.pixels(images) if images else None,
+        **(processor.pixels(images) if images else {}),
         max_new_tokens=request.sampling.max_tokens,
         do_sample=False,
         output_logits=True,
@@ -120,7 +120,7 @@ def test_usage_comes_with_the_last_delta_of_each_choice(make_engine, loaded):
         last = [part for part in parts if part.finish_reason]
         assert len(last) == 2
         assert {part.usage.prompt_tokens for part in last} == {len(request.input_ids)}
-        assert len(request.input_ids) > processor.placeholders_per_image
+        assert len(request.input_ids) > processor.placeholders([picture(0)])[0]
         assert all(part.usage is None for part in parts if not part.finish_reason)
         assert sum(len(part.token_ids) for part in parts) == sum(part.usage.completion_tokens for part in last)
     assert len(parts) == 2  # one whole delta per choice when nothing is streamed
@@ -142,7 +142,7 @@ def test_scores_are_the_sums_of_the_models_own_log_probabilities(make_engine, lo
     request = make_request(processor, "which?", (picture(3),))
     continuation = processor.chat.encode_text("the red ball")
     ids = torch.tensor([[*request.input_ids, *continuation]])
-    logits = model(input_ids=ids, pixel_values=processor.pixels([picture(3)])).logits[0]
+    logits = model(input_ids=ids, **processor.pixels([picture(3)])).logits[0]
     logprobs = logits[len(request.input_ids) - 1 : -1].log_softmax(-1)
     expected = logprobs.gather(1, torch.tensor(continuation)[:, None]).sum()
     score = asyncio.run(engine.score(request.input_ids, request.images, continuation))

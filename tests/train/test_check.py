@@ -43,10 +43,10 @@ def two_stages(scenes: Path) -> dict[str, Any]:
     ("override", "message"),
     [
         ("model.vision.config.hidden_sise=64", "model.vision.config.hidden_sise: .* did you mean 'hidden_size'"),
-        ("model.vision.config.model_type=siglip", "model.vision.config.model_type: has to be 'clip_vision_model'"),
+        ("model.vision.config.model_type=siglip", "config.model_type: no vision encoder is called 'siglip'; known"),
         ("model.text_tower.num_hidden_layer=9", "model.text_tower.num_hidden_layer: .* mean 'num_hidden_layers'"),
         ("model.language.config.num_hidden_layer=9", "model.language.config.num_hidden_layer: .*'num_hidden_layers'"),
-        ("model.image.do_resise=false", "model.image.do_resise: unknown setting; did you mean 'do_resize'"),
+        ("model.image.do_resise=false", "model.image: setting 'do_resise' is unknown; did you mean 'do_resize'"),
         ("model.image.crop_size=16", r"model.image: makes pictures of the shape \(3, 16, 16\)"),
         ("model.image.do_center_crop=false", r"model.image: makes pictures of the shape \(3, 32, 48\)"),
         ("model.language.config.model_type=lama", "no language model is called 'lama'; did you mean 'llama'"),

@@ -23,8 +23,13 @@ def user(*parts: str | None) -> list[dict[str, Any]]:
 
 
 def pad_left(processor: Any, prompts: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask [B, T] of prompts that an assistant is to answer."""
-    rows = [processor.chat.encode(prompt, add_generation_prompt=True).input_ids for prompt in prompts]
+    """input_ids and attention_mask [B, T] of prompts that an assistant is to answer; images are of `picture`'s size."""
+    each = processor.image_tokens.placeholders(32, 40)
+    counts = [sum(part["type"] == "image" for turn in prompt for part in turn["content"]) for prompt in prompts]
+    rows = [
+        processor.chat.encode(prompt, [each] * count, add_generation_prompt=True).input_ids
+        for prompt, count in zip(prompts, counts, strict=True)
+    ]
     length = max(len(row) for row in rows)
     pad = processor.tokenizer.pad_token_id
     return {

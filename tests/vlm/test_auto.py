@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from tests.vlm.chats import picture, user
+from tests.vlm.chats import pad_left, picture, user
 from tests.vlm.conftest import LoadedModels
 
 AUTO = """
@@ -49,10 +49,10 @@ def test_auto_classes_load_every_kind_of_saved_folder(
     for pair, (kinds, out) in zip(PAIRS, json.loads(run.stdout), strict=True):
         assert kinds == ["VisionLanguageConfig", *["VisionLanguageModel"] * 2, "VisionLanguageProcessor"]
         model, processor = loaded_models(*pair)
-        ids = torch.tensor([processor.chat.encode(user(None, "what?"), add_generation_prompt=True).input_ids])
+        ids = pad_left(processor, [user(None, "what?")])["input_ids"]
         pixels = processor.pixels([Image.new("RGB", (40, 32), (9, 200, 30))])
         options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-        expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **options)
+        expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, **options)
         assert out == expected[0].tolist()
 
 
@@ -61,7 +61,7 @@ def test_pixels_equal_clips_own_preprocessing(loaded_models: LoadedModels) -> No
     pictures = [picture(1, 50, 40), picture(2, 20, 90)]
     clip = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     expected = np.stack(clip(pictures, return_tensors="np")["pixel_values"])
-    ours = processor.pixels(pictures)
+    ours = processor.pixels(pictures)["pixel_values"]
     assert ours.shape == (2, 3, 32, 32)
     assert ours.dtype == torch.float32
     assert np.array_equal(ours.numpy(), expected)
@@ -76,14 +76,15 @@ def test_a_call_as_transformers_makes_it_counts_image_tokens(
     loaded_models: LoadedModels, fusion: str, each: int
 ) -> None:
     model, processor = loaded_models(fusion, "perceiver")
-    assert processor.placeholders_per_image == model.config.placeholders_per_image == each
+    assert processor.image_tokens == model.config.image_tokens
+    assert processor.placeholders([picture(1)]) == [each]
     texts = ["<image> a", "a <image> b <image>"]
     nested: Any = [[picture(1)], [picture(2), picture(3)]]
     data = processor(images=nested, text=texts, padding=True)
     assert (data["input_ids"] == processor.image_token_id).sum(1).tolist() == [each, 2 * each]
     assert data["pixel_values"].shape[0] == 3
-    assert torch.equal(data["pixel_values"], processor.pixels([picture(n) for n in (1, 2, 3)]))
+    assert torch.equal(data["pixel_values"], processor.pixels([picture(n) for n in (1, 2, 3)])["pixel_values"])
     model(**data)
     assert "pixel_values" not in processor(text="no picture")
     assert "input_ids" not in processor(images=picture(1))
-    assert set(processor.model_input_names) == {"input_ids", "attention_mask", "pixel_values"}
+    assert set(processor.model_input_names) == {*data} == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.vlm.chats import picture
 from tests.vlm.conftest import LoadedModels
 from vlm import UserError, VisionLanguageProcessor
 from vlm.chat import ChatEncoder
@@ -46,12 +47,12 @@ TEMPLATES = {
 @pytest.fixture(scope="module")
 def processor(loaded_models: LoadedModels) -> VisionLanguageProcessor:
     processor = loaded_models("early", "perceiver")[1]
-    assert processor.placeholders_per_image == PER_IMAGE
+    assert processor.image_tokens.placeholders(32, 40) == PER_IMAGE
     return processor
 
 
 def encoder(processor: VisionLanguageProcessor, template: str) -> ChatEncoder:
-    return ChatEncoder(processor.tokenizer, template, IMAGE_TOKEN, PER_IMAGE)
+    return ChatEncoder(processor.tokenizer, template, IMAGE_TOKEN)
 
 
 def render(processor: VisionLanguageProcessor, chat: Chat, template: str) -> str:
@@ -77,7 +78,13 @@ def chats(spoken: st.SearchStrategy[str]) -> st.SearchStrategy[Chat]:
 
 
 def num_images(chat: Chat) -> int:
-    return sum(part["type"] == "image" for message in chat for part in message["content"])
+    parts = [part for message in chat for part in message["content"] if not isinstance(part, str)]
+    return sum(part["type"] == "image" for part in parts)
+
+
+def marks(chat: Chat) -> list[int]:
+    """Image tokens of each image."""
+    return [PER_IMAGE] * num_images(chat)
 
 
 def side_by_side(message: dict[str, Any]) -> bool:
@@ -100,8 +107,9 @@ def decoded(processor: VisionLanguageProcessor, ids: list[int]) -> str:
 @given(chats(SPOKEN))
 @settings(max_examples=60, deadline=None)
 def test_ids_equal_transformers_on_the_whole_conversation(processor: VisionLanguageProcessor, chat: Chat) -> None:
-    theirs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
-    assert processor.chat.encode(chat).input_ids == theirs["input_ids"][0].tolist()
+    text = processor.apply_chat_template(chat, tokenize=False)
+    theirs = processor(text=text, images=[picture(n) for n in range(num_images(chat))])
+    assert processor.chat.encode(chat, marks(chat)).input_ids == theirs["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna", "trimming"])
@@ -113,9 +121,8 @@ def test_ids_equal_the_tokenizers_own_under_other_templates(
     # two texts side by side, both stripped, can be read in more than one way: such a chat may be refused
     assume(template != "trimming" or not any(side_by_side(message) for message in chat))
     rendered = render(processor, chat, TEMPLATES[template]).replace(IMAGE_TOKEN, IMAGE_TOKEN * PER_IMAGE)
-    tokens = encoder(processor, TEMPLATES[template]).encode(chat)
+    tokens = encoder(processor, TEMPLATES[template]).encode(chat, marks(chat))
     assert tokens.input_ids == processor.tokenizer(rendered, add_special_tokens=False).input_ids
-    assert tokens.num_images == num_images(chat)
     assert tokens.input_ids.count(processor.image_token_id) == PER_IMAGE * num_images(chat)
 
 
@@ -126,8 +133,8 @@ def test_a_prompt_is_the_beginning_of_what_is_trained_on(
     processor: VisionLanguageProcessor, chat: Chat, template: str
 ) -> None:
     chat_encoder = encoder(processor, TEMPLATES[template])
-    prompt = chat_encoder.encode(chat[:-1], add_generation_prompt=True)
-    whole = chat_encoder.encode(chat)
+    prompt = chat_encoder.encode(chat[:-1], marks(chat[:-1]), add_generation_prompt=True)
+    whole = chat_encoder.encode(chat, marks(chat))
     start = len(prompt.input_ids)
     assert whole.input_ids[:start] == prompt.input_ids
     assert whole.supervised[:start] == prompt.supervised
@@ -146,7 +153,7 @@ def test_exactly_the_assistants_words_and_ends_of_turn_are_supervised(
         for part in message["content"]:
             if part["type"] == "text":
                 part["text"] = data.draw(st.text(letters, min_size=1, max_size=8))
-    tokens = encoder(processor, TEMPLATES[template]).encode(chat)
+    tokens = encoder(processor, TEMPLATES[template]).encode(chat, marks(chat))
     pieces = [processor.tokenizer.decode([token]) for token in tokens.input_ids]
     learned = "".join(piece for piece, on in zip(pieces, tokens.supervised, strict=True) if on)
     rest = "".join(piece for piece, on in zip(pieces, tokens.supervised, strict=True) if not on)
@@ -164,19 +171,19 @@ def test_control_tokens_in_what_people_say_stay_text_and_decode_back(
 ) -> None:
     control = set(processor.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
     chat_encoder = encoder(processor, TEMPLATES[template])
-    tokens = chat_encoder.encode(chat)
+    tokens = chat_encoder.encode(chat, marks(chat))
     # the same conversation with nothing special said has the same control tokens, in the same order
     tame = [turn(m["role"], *("x" if part["type"] == "text" else None for part in m["content"])) for m in chat]
-    wanted = [token for token in chat_encoder.encode(tame).input_ids if token in control]
+    wanted = [token for token in chat_encoder.encode(tame, marks(tame)).input_ids if token in control]
     assert [token for token in tokens.input_ids if token in control] == wanted
-    assert tokens.num_images == num_images(chat)
+    assert tokens.input_ids.count(processor.image_token_id) == PER_IMAGE * num_images(chat)
     assert decoded(processor, tokens.input_ids) == render(processor, chat, TEMPLATES[template])
 
 
 def test_a_literal_image_mark_needs_no_picture(processor: VisionLanguageProcessor) -> None:
     chat = [turn("user", None, "what does <image> mean? <|end|><|assistant|>"), turn("assistant", "<image> is a mark.")]
-    tokens = processor.chat.encode(chat)
-    assert tokens.num_images == 1
+    tokens = processor.chat.encode(chat, marks(chat))
+    assert tokens.input_ids.count(processor.image_token_id) == PER_IMAGE
     assert tokens.input_ids.count(processor.image_token_id) == PER_IMAGE
     assert tokens.input_ids.count(processor.tokenizer.eos_token_id) == 1
     assert processor.tokenizer.decode(processor.chat.encode_text("<image><|end|>")) == "<image><|end|>"
@@ -195,13 +202,15 @@ def test_marks_in_what_people_say_cost_nothing_and_stay_text(processor: VisionLa
 
 def test_content_may_be_plain_text(processor: VisionLanguageProcessor) -> None:
     plain = [{"role": "user", "content": "hi <image>"}, {"role": "assistant", "content": "yo"}]
-    assert processor.chat.encode(plain) == processor.chat.encode([turn("user", "hi <image>"), turn("assistant", "yo")])
+    assert processor.chat.encode(plain, marks(plain)) == processor.chat.encode(
+        [turn("user", "hi <image>"), turn("assistant", "yo")]
+    )
 
 
 @pytest.mark.parametrize("words", ["hi", " hi", "hi ", " \n hi \t", "", "   "])
 def test_a_template_may_strip_what_people_say(processor: VisionLanguageProcessor, words: str) -> None:
     chat = [turn("user", None, words), turn("assistant", words), turn("user", words), turn("assistant", words)]
-    tokens = encoder(processor, TEMPLATES["trimming"]).encode(chat)
+    tokens = encoder(processor, TEMPLATES["trimming"]).encode(chat, marks(chat))
     expected = f"<|user|> <image> {words.strip()} <|end|><|assistant|> {words.strip()} <|end|>"
     expected += f"<|user|> {words.strip()} <|end|><|assistant|> {words.strip()} <|end|>"
     assert decoded(processor, tokens.input_ids) == expected
@@ -221,7 +230,7 @@ LOSSY = {
 def test_templates_that_drop_or_rewrite_messages_are_refused(processor: VisionLanguageProcessor, lost: str) -> None:
     chat = [turn("system", "Be brief, please."), turn("user", "What is this thing?"), turn("assistant", "A Cube.")]
     with pytest.raises(UserError, match=r"the chat template (drops|rewrites) message \d of 3; use another template"):
-        encoder(processor, LOSSY[lost]).encode(chat)
+        encoder(processor, LOSSY[lost]).encode(chat, marks(chat))
 
 
 @pytest.mark.parametrize(
@@ -258,14 +267,14 @@ def test_a_tokenizer_without_a_fast_form_is_refused() -> None:
 
     tokenizer: Any = Slow()
     with pytest.raises(UserError, match="Slow has no fast tokenizer"):
-        ChatEncoder(tokenizer, CHAT_TEMPLATE, IMAGE_TOKEN, 1)
+        ChatEncoder(tokenizer, CHAT_TEMPLATE, IMAGE_TOKEN)
 
 
 def test_padding_and_truncation_set_on_the_shared_tokenizer_leave_chats_alone(
     processor: VisionLanguageProcessor,
 ) -> None:
     chat = [turn("user", None, "what is this?"), turn("assistant", "a cube")]
-    before = processor.chat.encode(chat)
+    before = processor.chat.encode(chat, marks(chat))
     processor.tokenizer(["a", "b c d e"], padding=True, truncation=True, max_length=3)
-    assert processor.chat.encode(chat) == before
-    assert encoder(processor, CHAT_TEMPLATE).encode(chat) == before
+    assert processor.chat.encode(chat, marks(chat)) == before
+    assert encoder(processor, CHAT_TEMPLATE).encode(chat, marks(chat)) == before

@@ -23,7 +23,7 @@ PROMPTS = [user(None, "what is this?"), user("no picture")]
 
 def logits(model: Any, processor: Any) -> torch.Tensor:
     with torch.no_grad():
-        out: torch.Tensor = model(**pad_left(processor, PROMPTS), pixel_values=processor.pixels([picture(1)])).logits
+        out: torch.Tensor = model(**pad_left(processor, PROMPTS), **processor.pixels([picture(1)])).logits
     return out
 
 
@@ -67,7 +67,7 @@ def test_saving_and_loading_changes_no_bit(
     assert torch.equal(logits(model, processor), logits(again, processor_again))
     assert again.config.to_dict() == {**model.config.to_dict(), "_name_or_path": again.config._name_or_path}
     assert processor_again.chat_template == processor.chat_template
-    assert processor_again.placeholders_per_image == model.config.placeholders_per_image
+    assert processor_again.image_tokens == model.config.image_tokens
     assert not again.training
     assert (tmp_path / "a" / "model" / "README.md").read_text() == "# a card\n"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["model"]

@@ -24,13 +24,13 @@ def test_a_fresh_deep_model_equals_the_plain_lm_exactly_with_images_present(
     lm.eval()
     prompts = [user(None, "what is this?"), user("here", None, "and there", None, "?"), user("no picture")]
     inputs = pad_left(processor, prompts)
-    pixel_values = processor.pixels([picture(n) for n in range(3)])
+    pixels = processor.pixels([picture(n) for n in range(3)])
     with torch.no_grad():
-        assert torch.equal(model(**inputs, pixel_values=pixel_values).logits, lm(**inputs).logits)
+        assert torch.equal(model(**inputs, **pixels).logits, lm(**inputs).logits)
         for block in model.cross_attention.values():
             assert (block.attn_gate.item(), block.ff_gate.item()) == (0.0, 0.0)
             block.attn_gate.fill_(0.5)
-        assert not torch.equal(model(**inputs, pixel_values=pixel_values).logits, lm(**inputs).logits)
+        assert not torch.equal(model(**inputs, **pixels).logits, lm(**inputs).logits)
 
 
 @pytest.mark.parametrize("fusion", ["early", "deep"])

@@ -26,7 +26,7 @@ TEXT_AND_TWO = [PROMPTS[3], PROMPTS[2]]
 def batch(processor: Any, prompts: list[Any]) -> dict[str, torch.Tensor]:
     inputs = pad_left(processor, [prompt for prompt, _ in prompts])
     pictures = [picture(seed) for _, seeds in prompts for seed in seeds]
-    return {**inputs, "pixel_values": processor.pixels(pictures)} if pictures else inputs
+    return {**inputs, **processor.pixels(pictures)} if pictures else inputs
 
 
 def generate(model: VisionLanguageModel, inputs: dict[str, Any], **options: Any) -> list[list[int]]:
@@ -34,6 +34,12 @@ def generate(model: VisionLanguageModel, inputs: dict[str, Any], **options: Any)
     settings = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, **options}
     out: torch.Tensor = model.generate(**inputs, **settings)
     return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def encode_images(model: VisionLanguageModel, inputs: dict[str, torch.Tensor]) -> Visual:
+    """Takes the pictures out of the inputs."""
+    with torch.no_grad():
+        return model.encode_images(inputs.pop("pixel_values"), inputs.pop("image_sizes"))
 
 
 @contextmanager
@@ -133,7 +139,7 @@ def test_beams_and_copies_equal_the_same_call_on_repeated_inputs(
     inputs = batch(processor, PROMPTS)
     if given == "visual":
         with torch.no_grad():
-            inputs["visual"] = model.encode_images(inputs.pop("pixel_values"))  # type: ignore[assignment]
+            inputs["visual"] = encode_images(model, inputs)  # type: ignore[assignment]
     torch.manual_seed(7)
     expanded = generate(model, inputs, **options)
     copies = options.get("num_return_sequences", 1)
@@ -194,7 +200,7 @@ def test_a_forward_calls_the_tower_once_for_all_images_and_never_with_ready_ones
     with counted(model.vision_tower) as calls, torch.no_grad():
         logits = model(**inputs).logits
         assert calls == [4]
-        visual = model.encode_images(inputs.pop("pixel_values"))
+        visual = encode_images(model, inputs)
         assert calls == [4, 4]
         assert torch.equal(model(**inputs, visual=visual).logits, logits)
         assert calls == [4, 4]
@@ -208,7 +214,7 @@ def test_keys_and_values_of_images_are_made_once_per_generate(loaded_models: Loa
     with counted(model.cross_attention["0"].to_kv) as calls:
         inputs = batch(processor, TEXT_AND_TWO)
         with torch.no_grad():
-            ready = model.project_layers(model.encode_images(inputs.pop("pixel_values")))
+            ready = model.project_layers(encode_images(model, inputs))
         expected = generate(model, batch(processor, TEXT_AND_TWO))
         del calls[:]
         assert generate(model, {**inputs, "visual": ready}) == expected
@@ -230,7 +236,7 @@ def test_decoding_deep_fusion_from_a_cache_without_knowing_who_sees_what_is_refu
 def test_a_packed_row_of_deep_fusion_equals_its_documents_alone(loaded_models: LoadedModels, attend: str) -> None:
     model, processor = loaded_models("deep", "perceiver")
     settings = dict(model.config.cross_attention)
-    rows = [processor.chat.encode(prompt).input_ids for prompt, _ in PROMPTS]
+    rows = [processor.chat.encode(prompt, [1] * len(seeds)).input_ids for prompt, seeds in PROMPTS]
     ids = torch.tensor([[token for row in rows for token in row]])
     positions = torch.tensor([[place for row in rows for place in range(len(row))]])
     pixels = batch(processor, PROMPTS)["pixel_values"]
@@ -240,8 +246,8 @@ def test_a_packed_row_of_deep_fusion_equals_its_documents_alone(loaded_models: L
             packed = model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False).logits[0]
             start = 0
             for row, (_, seeds) in zip(rows, PROMPTS, strict=True):
-                shown = processor.pixels([picture(seed) for seed in seeds]) if seeds else None
-                alone = model(input_ids=torch.tensor([row]), pixel_values=shown).logits[0]
+                shown = processor.pixels([picture(seed) for seed in seeds]) if seeds else {}
+                alone = model(input_ids=torch.tensor([row]), **shown).logits[0]
                 torch.testing.assert_close(packed[start : start + len(row)], alone, rtol=1e-4, atol=1e-4)
                 start += len(row)
     finally:

@@ -29,7 +29,7 @@ def as_llava(model: VisionLanguageModel) -> LlavaForConditionalGeneration:
             image_token_index=config.image_token_id,
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=STRATEGY[config.vision_feature_select],
-            image_seq_length=config.tokens_per_image,
+            image_seq_length=config.image_tokens.per_view,
         )
     )
     weights = {}
@@ -40,6 +40,11 @@ def as_llava(model: VisionLanguageModel) -> LlavaForConditionalGeneration:
     return llava.eval()
 
 
+def of_llava(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LLaVA-1.5 has no use for the images' sizes."""
+    return {name: tensor for name, tensor in inputs.items() if name != "image_sizes"}
+
+
 @pytest.mark.parametrize("select", ["patch", "cls_patch"])
 @pytest.mark.parametrize("layer", [-2, [-2, -1], 1], ids=str)
 def test_logits_equal_transformers_llava(loaded_models: LoadedModels, layer: int | list[int], select: str) -> None:
@@ -48,12 +53,12 @@ def test_logits_equal_transformers_llava(loaded_models: LoadedModels, layer: int
     config = VisionLanguageConfig(**settings)
     torch.manual_seed(0)
     model = VisionLanguageModel(config).eval()
-    processor = make_processor(processor.tokenizer, 32, config.placeholders_per_image)
+    processor = make_processor(config, processor.tokenizer)
     prompts = [user(None, "what is this?"), user("here", None, "and there", None, "?"), user("no picture")]
-    inputs = {**pad_left(processor, prompts), "pixel_values": processor.pixels([picture(n) for n in range(3)])}
-    assert config.placeholders_per_image == {"patch": 16, "cls_patch": 17}[select]
+    inputs = {**pad_left(processor, prompts), **processor.pixels([picture(n) for n in range(3)])}
+    assert config.image_tokens.placeholders(32, 40) == {"patch": 16, "cls_patch": 17}[select]
     with torch.no_grad():
-        ours, theirs = model(**inputs).logits, as_llava(model)(**inputs).logits
+        ours, theirs = model(**inputs).logits, as_llava(model)(**of_llava(inputs)).logits
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=1e-5)
     blank = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
@@ -63,11 +68,11 @@ def test_logits_equal_transformers_llava(loaded_models: LoadedModels, layer: int
 
 def test_loss_equals_transformers_llava(loaded_models: LoadedModels) -> None:
     model, processor = loaded_models("early", "mlp")
-    inputs = {**pad_left(processor, [user(None, "what is this?")]), "pixel_values": processor.pixels([picture(1)])}
+    inputs = {**pad_left(processor, [user(None, "what is this?")]), **processor.pixels([picture(1)])}
     labels = inputs["input_ids"].clone()
     labels[:, :18] = -100
     with torch.no_grad():
-        ours, theirs = model(**inputs, labels=labels).loss, as_llava(model)(**inputs, labels=labels).loss
+        ours, theirs = model(**inputs, labels=labels).loss, as_llava(model)(**of_llava(inputs), labels=labels).loss
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
@@ -76,9 +81,9 @@ def test_more_or_fewer_pictures_than_placeholders_are_refused_with_both_counts(
     loaded_models: LoadedModels, fusion: str
 ) -> None:
     model, processor = loaded_models(fusion, "mlp")
-    each = model.config.placeholders_per_image
+    each = model.config.image_tokens.placeholders(32, 40)
     inputs = pad_left(processor, [user(None, "what is this?")])
     for count in (0, 2):
-        pixels = {"pixel_values": processor.pixels([picture(n) for n in range(count)])} if count else {}
+        pixels = processor.pixels([picture(n) for n in range(count)]) if count else {}
         with pytest.raises(ValueError, match=f"{each} image tokens, but its {count} images need {each * count}"):
             model(**inputs, **pixels)

@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from tests.conftest import build_tiny_model
@@ -24,7 +26,7 @@ PROMPTS = [user(None, "what is this?"), user("here", None, "and there", None, "?
 
 
 def inputs_of(processor: Any) -> dict[str, torch.Tensor]:
-    return {**pad_left(processor, PROMPTS), "pixel_values": processor.pixels([picture(n) for n in range(3)])}
+    return {**pad_left(processor, PROMPTS), **processor.pixels([picture(n) for n in range(3)])}
 
 
 def gradients(model: VisionLanguageModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -36,8 +38,7 @@ def gradients(model: VisionLanguageModel, inputs: dict[str, torch.Tensor]) -> di
 def dummy_image(model: VisionLanguageModel, processor: Any, text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A picture that no token refers to."""
     media_index, document_start = index_media(text["input_ids"], model.config.image_token_id, ())
-    pixel_values = processor.pixels([picture(1)])
-    return {"pixel_values": pixel_values, "media_index": media_index, "document_start": document_start}
+    return {**processor.pixels([picture(1)]), "media_index": media_index, "document_start": document_start}
 
 
 def test_a_copy_of_a_deep_model_attends_with_its_own_blocks(loaded_models: LoadedModels) -> None:
@@ -131,7 +132,7 @@ def test_a_frozen_tower_runs_without_a_graph_and_keeps_its_weights_out_of_the_gr
     shared, processor = loaded_models("early", "mlp")
     model = copy.deepcopy(shared).train()
     model.vision_tower.requires_grad_(False)
-    pixels = processor.pixels([picture(1)])
+    pixels = processor.pixels([picture(1)])["pixel_values"]
     assert model.vision_tower(pixels).grad_fn is None
     assert model.encode_images(pixels).tokens.grad_fn is not None
     assert not any(name.startswith("vision_tower") for name in gradients(model, inputs_of(processor)))
@@ -146,7 +147,7 @@ def test_the_tower_gives_the_hidden_states_that_are_asked_for(
     tower = VisionTower(model.config.vision_config, layer, select).eval()
     clip = CLIPVisionModel(model.config.vision_config).eval()
     clip.load_state_dict(tower.encoder.state_dict(), strict=True)
-    pixels = processor.pixels([picture(1), picture(2)])
+    pixels = processor.pixels([picture(1), picture(2)])["pixel_values"]
     with torch.no_grad():
         states = clip(pixels, output_hidden_states=True).hidden_states
         ours = tower(pixels)
@@ -170,18 +171,18 @@ def test_pooling_averages_squares_of_patches_and_counts_its_tokens(pool: int, lo
     torch.testing.assert_close(projector(features), expected)
     shared, _ = loaded_models("early", "mlp")
     config = VisionLanguageConfig(**{**shared.config.to_diff_dict(), "connector": {"type": "mlp", "pool": pool}})
-    assert config.tokens_per_image == config.placeholders_per_image == len(rows)
+    assert config.image_tokens.visual(32, 40) == config.image_tokens.placeholders(32, 40) == len(rows)
 
 
 def test_a_perceiver_over_squares_still_hands_out_its_latents(loaded_models: LoadedModels) -> None:
     shared, _ = loaded_models("deep", "perceiver")
     connector = {**shared.config.connector, "pool": 3, "pooling": "concat", "position_std": 1.0}
     model = VisionLanguageModel(VisionLanguageConfig(**{**shared.config.to_diff_dict(), "connector": connector}))
-    assert model.config.squares_per_image == 4  # 4 x 4 patches, filled up at the edge
+    assert model.config.squares_per_view == 4  # 4 x 4 patches, filled up at the edge
     assert model.multi_modal_projector.positions.shape[0] == 4
     size = model.config.vision_config.image_size
     visual = model.encode_images(torch.randn(2, 3, size, size))
-    assert visual.lengths == (model.config.tokens_per_image,) * 2 == (connector["num_latents"],) * 2
+    assert visual.lengths == (model.config.image_tokens.visual(32, 40),) * 2 == (connector["num_latents"],) * 2
 
 
 @pytest.mark.parametrize("pool", [2, 3])
@@ -215,7 +216,7 @@ def test_a_pool_that_no_grid_of_patches_allows_is_refused(kind: str) -> None:
         )
     with pytest.raises(ValueError, match=r"connector\.pool 5 is larger than the encoder's grid of 4 x 4 patches"):
         VisionLanguageConfig(vision_config=vision, connector={"type": kind, "pool": 5})
-    assert VisionLanguageConfig(vision_config=vision, connector={"type": kind, "pool": 4}).squares_per_image == 1
+    assert VisionLanguageConfig(vision_config=vision, connector={"type": kind, "pool": 4}).squares_per_view == 1
 
 
 def test_a_projector_may_be_linear() -> None:
@@ -276,12 +277,20 @@ def test_deep_fusion_enters_other_families_of_language_models(
 
 
 def test_an_lm_that_hides_its_layers_is_refused(tiny_models: Callable[[str, str], Path]) -> None:
-    class Strange:
-        def get_decoder(self) -> object:
-            return object()
+    class Strange(nn.Module):
+        config = SimpleNamespace(num_hidden_layers=3)
 
-    with pytest.raises(ValueError, match="Strange keeps its decoder layers in an unknown place"):
+        def get_decoder(self) -> nn.Module:
+            return self
+
+    with pytest.raises(ValueError, match="Strange keeps its 3 decoder layers in an unknown place"):
         decoder_layers(Strange())
+    strange = Strange()
+    strange.these, strange.those = nn.ModuleList([nn.Identity()] * 3), nn.ModuleList([nn.Identity()] * 3)
+    with pytest.raises(ValueError, match="in an unknown place"):
+        decoder_layers(strange)
+    strange.those = nn.ModuleList([nn.ModuleList([nn.Identity()] * 3)])  # lists within a list, as experts are
+    assert decoder_layers(strange) is strange.these
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_any_string_survives_encoding_and_decoding(tiny_tokenizer: Any, words: s
 @given(words=ANY)
 @settings(max_examples=200, deadline=None)
 def test_text_that_looks_like_control_tokens_survives_as_text(tiny_tokenizer: Any, words: str) -> None:
-    ids = ChatEncoder(tiny_tokenizer, CHAT_TEMPLATE, IMAGE_TOKEN, 1).encode_text(words)
+    ids = ChatEncoder(tiny_tokenizer, CHAT_TEMPLATE, IMAGE_TOKEN).encode_text(words)
     assert tiny_tokenizer.decode(ids) == words
     assert set(ids).isdisjoint(tiny_tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
 
