@@ -15,6 +15,7 @@ KEYS = {
     "multi_modal_projector.layers.2.": "model.multi_modal_projector.linear_2.",
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
+    "image_newline": "model.image_newline",
 }
 STRATEGY = {"patch": "default", "cls_patch": "full"}
 
@@ -32,12 +33,17 @@ def as_llava(model: VisionLanguageModel) -> LlavaForConditionalGeneration:
             image_seq_length=config.image_tokens.per_view,
         )
     )
+    llava.load_state_dict(llava_weights(model), strict=True)
+    return llava.eval()
+
+
+def llava_weights(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """The model's tensors under the names of transformers' LLaVA classes."""
     weights = {}
     for key, tensor in model.state_dict().items():
         ours, theirs = next(pair for pair in KEYS.items() if key.startswith(pair[0]))
         weights[theirs + key.removeprefix(ours)] = tensor
-    llava.load_state_dict(weights, strict=True)
-    return llava.eval()
+    return weights
 
 
 def of_llava(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -64,6 +70,17 @@ def test_logits_equal_transformers_llava(loaded_models: LoadedModels, layer: int
     blank = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
     with torch.no_grad():
         assert (model(**blank).logits - ours)[real].abs().max() > 1e-2  # the pictures matter
+
+
+def test_cached_decoding_of_a_padded_batch_equals_transformers_llava(loaded_models: LoadedModels) -> None:
+    model, processor = loaded_models("early", "mlp")
+    prompts = [user(None, "what is this?"), user("here", None, "and there", None, "?"), user("no picture")]
+    inputs = {**pad_left(processor, prompts), **processor.pixels([picture(n) for n in range(3)])}
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "use_cache": True}
+    options |= {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+    ours, theirs = model.generate(**inputs, **options), as_llava(model).generate(**of_llava(inputs), **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), rtol=0, atol=1e-5)
 
 
 def test_loss_equals_transformers_llava(loaded_models: LoadedModels) -> None:
