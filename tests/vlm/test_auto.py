@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, pipeline
 
 from tests.vlm.chats import pad_left, picture, user
 from tests.vlm.conftest import LoadedModels
@@ -19,12 +19,13 @@ from tests.vlm.conftest import LoadedModels
 AUTO = """
 import json, sys, torch
 import vlm.auto
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 told = []
 for folder in sys.argv[1:]:
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
-    kinds = [AutoConfig.from_pretrained(folder), model, AutoModelForCausalLM.from_pretrained(folder), processor]
+    others = [kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoModel)]
+    kinds = [AutoConfig.from_pretrained(folder), model, *others, processor]
     from PIL import Image
     chat = [{"role": "user", "content": [
         {"type": "image", "image": Image.new("RGB", (40, 32), (9, 200, 30))}, {"type": "text", "text": "what?"}]}]
@@ -47,7 +48,7 @@ def test_auto_classes_load_every_kind_of_saved_folder(
     run = subprocess.run([sys.executable, "-c", AUTO, *folders], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for pair, (kinds, out) in zip(PAIRS, json.loads(run.stdout), strict=True):
-        assert kinds == ["VisionLanguageConfig", *["VisionLanguageModel"] * 2, "VisionLanguageProcessor"]
+        assert kinds == ["VisionLanguageConfig", *["VisionLanguageModel"] * 3, "VisionLanguageProcessor"]
         model, processor = loaded_models(*pair)
         ids = pad_left(processor, [user(None, "what?")])["input_ids"]
         pixels = processor.pixels([Image.new("RGB", (40, 32), (9, 200, 30))])
@@ -88,3 +89,22 @@ def test_a_call_as_transformers_makes_it_counts_image_tokens(
     assert "pixel_values" not in processor(text="no picture")
     assert "input_ids" not in processor(images=picture(1))
     assert set(processor.model_input_names) == {*data} == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_transformers_own_pipeline_answers_as_generate(
+    tiny_models: Callable[[str, str], Path], loaded_models: LoadedModels, pair: tuple[str, str]
+) -> None:
+    model, processor = loaded_models(*pair)
+    answers = pipeline("image-text-to-text", model=str(tiny_models(*pair)))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    chats = []
+    for seed, text in enumerate(["what?", "what is this thing?"]):
+        content = [{"type": "image", "image": picture(seed)}, {"type": "text", "text": text}]
+        chats.append([{"role": "user", "content": content}])
+    found = [record[0]["generated_text"][-1] for record in answers(chats, batch_size=2, generate_kwargs=options)]
+    inputs = {**pad_left(processor, chats), **processor.pixels([picture(0), picture(1)])}
+    out = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    said = processor.tokenizer.batch_decode(out, skip_special_tokens=True)
+    assert found == [{"role": "assistant", "content": text} for text in said]
+    assert said[0] != said[1]

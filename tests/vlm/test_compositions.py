@@ -84,6 +84,8 @@ def test_a_padded_batch_decodes_as_its_rows_alone_without_a_cache(lm: str, fusio
             logits[..., IMAGE] = -torch.inf
             said.append(int(logits[0, -1].argmax()))
         assert said == answer
+    options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE], "cache_implementation": "static"}
+    assert torch.equal(model.generate(ids, attention_mask=mask, pixel_values=pixels, **options), together)
 
 
 @pytest.mark.parametrize("lm", LANGUAGE_MODELS)

@@ -244,6 +244,13 @@ def test_a_saved_folder_remembers_its_tiles(loaded_models: LoadedModels, tmp_pat
         load(tmp_path / "model")
 
 
+def test_a_new_newline_is_drawn_as_llava_next_draws_it(loaded_models: LoadedModels) -> None:
+    model, _ = build(loaded_models)
+    assert model.image_newline.std().item() == pytest.approx(model.image_newline.shape[0] ** -0.5, rel=0.3)
+    again, _ = build(loaded_models)
+    assert torch.equal(model.image_newline, again.image_newline)
+
+
 def test_default_pinpoints_are_llava_nexts() -> None:
     config = VisionLanguageConfig(vision_config={"image_size": 336, "patch_size": 14}, tiling={"mode": "anyres"})
     assert config.tiling["pinpoints"] == LlavaNextImageProcessorPil.image_grid_pinpoints
