@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from tests.vlm.conftest import LoadedModels
 from vlm import VisionLanguageConfig, VisionLanguageModel, Visual
@@ -187,6 +187,19 @@ def plain_lm(model: VisionLanguageModel) -> LlamaForCausalLM:
     return lm.eval()
 
 
+def decode_with_a_cache(model: VisionLanguageModel, ids: torch.Tensor, visual: Visual) -> torch.Tensor:
+    """Logits [B, T, V] of three tokens at once and then one after another, of all rows."""
+    media_index, document_start = model.index_media(ids, visual)
+    cache, logits = DynamicCache(), []
+    for begin, end in [(0, 3), *((at, at + 1) for at in range(3, ids.shape[1]))]:
+        part = slice(begin, end)
+        seen = {"media_index": media_index[:, part], "document_start": document_start[:, part]}
+        logits.append(
+            model(input_ids=ids[:, part], visual=visual, past_key_values=cache, use_cache=True, **seen).logits
+        )
+    return torch.cat(logits, dim=1)
+
+
 @pytest.mark.parametrize(
     ("every", "attend", "ffn_without_media"),
     [(1, "last", "apply"), (1, "all", "zero"), (2, "last", "zero"), (2, "all", "apply")],
@@ -218,7 +231,10 @@ def test_a_deep_model_is_the_plain_lm_with_gated_blocks_before_its_layers(
                 gated.append(str(index))
             hidden = layer(hidden, position_embeddings=rope, position_ids=positions)
         expected = lm.lm_head(lm.model.norm(hidden))
-        ours = model(input_ids=ids, visual=Visual(torch.cat(images), LENGTHS)).logits
+        visual = Visual(torch.cat(images), LENGTHS)
+        ours = model(input_ids=ids, visual=visual).logits
+        cached = decode_with_a_cache(model, ids, visual)
     assert list(model.cross_attention) == gated == {1: ["0", "1", "2"], 2: ["1"]}[every]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(cached, expected, rtol=1e-4, atol=2e-4)
     assert (ours - lm(input_ids=ids).logits).abs().max() > 0.1
