@@ -23,6 +23,14 @@ class Part:
         return sum(parameter.numel() for _, parameter in self.parameters)
 
 
+# where a child of the model has another name than its part
+PART_OF_CHILD = {
+    "multi_modal_projector": "connector",
+    "image_newline": "connector",
+    "second_vision_tower": "vision_tower",
+}
+
+
 def split_into_parts(model: nn.Module, stage: Stage) -> list[Part]:
     """Every parameter of the model in exactly one part; requires_grad is set to match the stage's learning rates."""
     members: dict[str, list[tuple[str, nn.Parameter]]] = {}
@@ -53,7 +61,7 @@ def part_of(name: str, objective: str) -> str:
     prefix = name.split(".")[0]
     if prefix == "cross_attention" and name.endswith("_gate"):
         return "gates"
-    return {"multi_modal_projector": "connector"}.get(prefix, prefix)
+    return PART_OF_CHILD.get(prefix, prefix)
 
 
 def make_optimizer(parts: Iterable[Part], stage: Stage) -> torch.optim.AdamW:
