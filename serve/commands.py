@@ -19,33 +19,50 @@ def serve(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   vlm serve runs/demo/model
   vlm serve runs/demo/model --host 0.0.0.0 --port 8080 --api-key "$KEY"
+  vlm serve runs/demo/model --engine vllm --adapter cats=runs/cats -- --tensor-parallel-size 2
 
 The page to try it is at http://HOST:PORT/, the API of OpenAI at http://HOST:PORT/v1. The key can also be given by the
-environment variable VLM_API_KEY. SIGTERM finishes what was accepted."""
+environment variable VLM_API_KEY. SIGTERM finishes what was accepted. With --engine vllm it is vLLM's own server with
+our models in it; what stands behind -- is handed to it (vllm serve --help=all explains)."""
     _add_model(parser)
-    parser.add_argument("--engine", choices=["torch"], default="torch", help="what makes the tokens (default: torch)")
+    parser.add_argument(
+        "--engine", choices=["torch", "vllm"], default="torch", help="what makes the tokens (default: torch)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
     parser.add_argument("--api-key", metavar="KEY", help="ask clients for this key (default: $VLM_API_KEY, or none)")
     parser.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
-    parser.add_argument(
-        "--max-batch", type=positive, default=16, metavar="N", help="answers made at once (default: 16)"
-    )
+    parser.add_argument("--max-batch", type=positive, metavar="N", help="answers made at once (torch; default: 16)")
     parser.add_argument(
         "--max-waiting",
         type=positive,
-        default=128,
         metavar="N",
-        help="requests that may wait; more get 429 (default: 128)",
+        help="requests that may wait; more get 429 (torch; default: 128)",
     )
     parser.add_argument(
         "--drain-timeout",
         type=float,
-        default=30.0,
         metavar="S",
-        help="seconds to finish in after SIGTERM (default: 30)",
+        help="seconds to finish in after SIGTERM (torch; default: 30)",
     )
-    parser.set_defaults(run=run_serve)
+    parser.add_argument("--vllm-python", metavar="PATH", help="the interpreter that has vLLM (default: this one)")
+    parser.add_argument(
+        "--allow-domain",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="take https images from there (vllm)",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME=DIR",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="serve a LoRA adapter of the language model under this name, too (vllm)",
+    )
+    parser.set_defaults(run=run_serve, rest=[])
 
 
 def chat(parser: argparse.ArgumentParser) -> None:
@@ -67,21 +84,28 @@ Without a prompt it is a conversation: /image FILE shows a picture with the next
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    from serve.server import bind
-
+    _check_engine(options)
     api_key = options.api_key if options.api_key is not None else os.environ.get("VLM_API_KEY")
     if api_key is not None and not api_key.strip():
         raise UserError("the API key is empty; leave it out to serve without one")
-    listener = bind(options.host, options.port)
     name = options.name or model_name(options.model)
-    engine, processor = load_engine(options, name, options.max_batch, options.max_waiting)
+    if options.engine == "vllm":
+        from serve.vllm_launch import launch
+
+        return launch(options, name, api_key)
+
+    from serve.server import bind
+
+    listener = bind(options.host, options.port)
+    max_batch, max_waiting = options.max_batch or 16, options.max_waiting or 128
+    engine, processor = load_engine(options, name, max_batch, max_waiting)
 
     import uvicorn
 
     from serve.app import create_app
     from serve.server import DrainingServer, listen
 
-    app = create_app(engine, processor, name, api_key, max_requests=options.max_batch + options.max_waiting + 8)
+    app = create_app(engine, processor, name, api_key, max_requests=max_batch + max_waiting + 8)
     # connections that are still open when all answers are sent don't hold up the end for long
     config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=5)
     listen(listener)  # who connects as soon as the line below is read waits a moment, and is served
@@ -93,10 +117,26 @@ def run_serve(options: argparse.Namespace) -> int:
         flush=True,
     )
     try:
-        DrainingServer(config, app.state.traffic, options.drain_timeout).run(sockets=[listener])
+        drain_timeout = 30.0 if options.drain_timeout is None else options.drain_timeout
+        DrainingServer(config, app.state.traffic, drain_timeout).run(sockets=[listener])
     finally:
         engine.stop()
     return 0
+
+
+# an option that the other engine would silently ignore is refused instead
+ONLY_FOR = {
+    "torch": ("device", "max_batch", "max_waiting", "drain_timeout"),
+    "vllm": ("vllm_python", "allow_domain", "adapter", "rest"),
+}
+
+
+def _check_engine(options: argparse.Namespace) -> None:
+    for engine, names in ONLY_FOR.items():
+        for name in names:
+            if engine != options.engine and getattr(options, name) not in (None, []):
+                said = "flags behind --" if name == "rest" else f"--{name.replace('_', '-')}"
+                raise UserError(f"{said}: only --engine {engine} takes this so far")
 
 
 def run_chat(options: argparse.Namespace) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 from serve.errors import ApiError
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
@@ -45,5 +46,5 @@ async def _refuse(send: Send, with_key: bool) -> None:
     await response({"type": "http"}, _nothing, send)
 
 
-async def _nothing() -> MutableMapping[str, Any]:
+async def _nothing() -> Message:
     raise AssertionError("a plain response reads nothing")

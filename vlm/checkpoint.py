@@ -35,7 +35,7 @@ def load(
     if (folder / ADAPTER_CONFIG).is_file():
         if adapter is not None:
             raise UserError(f"{adapter}: its base {folder} is an adapter, too; merge that one first")
-        base = _read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if not base:
             raise UserError(f"{folder}: an adapter that doesn't name its base model")
         return load(base, device, dtype, adapter=folder)
@@ -92,7 +92,7 @@ def check_source(source: str | Path, model_type: str | None = None) -> dict[str,
         raise UserError(f"{source}: no such model folder")
     if not (folder / "config.json").is_file():
         raise UserError(f"{source}: not a model folder (no config.json in it)")
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     if _asks_for_code(config):
         raise UserError(f"{source}: its config asks to run code from the folder (auto_map); that is never done")
     if not list(folder.glob("*.safetensors")):
@@ -174,7 +174,7 @@ def link_folder(source: Path, target: Path) -> None:
         shutil.copytree(source, partial, dirs_exist_ok=True, copy_function=link)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -72,11 +72,18 @@ def make_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Options may stand between positional arguments, too; argparse alone gives up on `MODEL -n 1 PROMPT`."""
+    """Options may stand between positional arguments, too; argparse alone gives up on `MODEL -n 1 PROMPT`.
+
+    A command with a default for `rest` finds there what stands behind `--`, just as it is: options of another program.
+    """
 
     _between = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.get_default("rest") is not None and "--" in args:
+            end = args.index("--")
+            namespace = argparse.Namespace() if namespace is None else namespace
+            namespace.rest, args = args[end + 1 :], args[:end]
         has_commands = any(action.nargs == argparse.PARSER for action in self._get_positional_actions())
         if self._between or has_commands:
             return super().parse_known_args(args, namespace)

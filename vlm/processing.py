@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vlm.chat import ChatEncoder
 from vlm.configuration import VisionLanguageConfig
@@ -18,6 +18,7 @@ from vlm.tiling import ImageTokens
 from vlm.tokenization import IMAGE_TOKEN
 
 MAX_ASPECT = 50
+HUB_SETTINGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "trust_remote_code")
 
 
 class VisionLanguageProcessor(ProcessorMixin):
@@ -43,6 +44,14 @@ class VisionLanguageProcessor(ProcessorMixin):
         self.second_preprocessing = second_preprocessing
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **kwargs: Any) -> "VisionLanguageProcessor":
+        processor: VisionLanguageProcessor = super().from_pretrained(source, **kwargs)
+        # where torchvision is installed transformers takes its other implementation, which scales pictures differently
+        hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
+        processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **hub)
+        return processor
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "image_tokens": plain(asdict(self.image_tokens))}

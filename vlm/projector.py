@@ -7,17 +7,39 @@ from transformers.activations import ACT2FN
 from vlm.configuration import Connector
 
 
+class LinearLayers:
+    """Makes a connector's linear layers. An engine that cuts layers over devices puts its own kinds in their place.
+
+    A pair of layers with only elementwise work (or attention by heads) between them can be cut without exchanging
+    anything in the middle: `widen` along its outputs, in each of `parts` equal parts, `narrow` along its inputs.
+    """
+
+    def whole(self, in_size: int, out_size: int, bias: bool = True) -> nn.Module:
+        return nn.Linear(in_size, out_size, bias=bias)
+
+    def widen(self, in_size: int, out_size: int, bias: bool = True, parts: int = 1) -> nn.Module:
+        return self.whole(in_size, out_size, bias)
+
+    def narrow(self, in_size: int, out_size: int, bias: bool = True) -> nn.Module:
+        return self.whole(in_size, out_size, bias)
+
+
 class MLPProjector(nn.Module):
     """[I, P, in_size] patches -> [I, squares, out_size]; `layers.0`, `layers.2` ... are the linear ones."""
 
-    def __init__(self, settings: Connector, in_size: int, out_size: int) -> None:
+    def __init__(self, settings: Connector, in_size: int, out_size: int, linear: LinearLayers | None = None) -> None:
         super().__init__()
         self.pool, self.pooling = settings.pool, settings.pooling
         if self.pooling == "concat":
             in_size *= self.pool**2
-        layers: list[nn.Module] = [nn.Linear(in_size, out_size, bias=settings.bias)]
-        for _ in range(settings.depth - 1):
-            layers += [ACT2FN[settings.activation], nn.Linear(out_size, out_size, bias=settings.bias)]
+        linear = linear or LinearLayers()
+        layers: list[nn.Module] = []
+        for index in range(settings.depth):
+            if index:
+                layers.append(ACT2FN[settings.activation])
+            alone = index % 2 == 0 and index == settings.depth - 1
+            make = linear.whole if alone else (linear.widen, linear.narrow)[index % 2]
+            layers.append(make(out_size if index else in_size, out_size, settings.bias))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vlm.configuration import Connector
-from vlm.projector import pool_squares
+from vlm.projector import LinearLayers, pool_squares
 
 # Queries are normalized, so this is only what a latent weighs beside what it reads. At a deviation of 1 the pictures
 # are a small part of the sum at first, and captions take twice as many steps to be learned.
@@ -17,33 +17,34 @@ LATENT_STD = 0.1
 class FeedForward(nn.Sequential):
     """LayerNorm, widen, GELU, narrow; no biases, as in Flamingo's blocks."""
 
-    def __init__(self, width: int, mult: int) -> None:
+    def __init__(self, width: int, mult: int, linear: LinearLayers | None = None) -> None:
+        linear = linear or LinearLayers()
         super().__init__(
             nn.LayerNorm(width),
-            nn.Linear(width, width * mult, bias=False),
+            linear.widen(width, width * mult, bias=False),
             nn.GELU(),
-            nn.Linear(width * mult, width, bias=False),
+            linear.narrow(width * mult, width, bias=False),
         )
 
 
 class PerceiverAttention(nn.Module):
     """Latents attend to the patches and to themselves: keys and values come from [patches, latents]."""
 
-    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, linear: LinearLayers) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_dim = head_dim
         self.norm_media = nn.LayerNorm(width)
         self.norm_latents = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
-        self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, width, bias=False)
+        self.to_q = linear.widen(width, heads * head_dim, bias=False)
+        self.to_kv = linear.widen(width, 2 * heads * head_dim, bias=False, parts=2)
+        self.to_out = linear.narrow(heads * head_dim, width, bias=False)
 
     def forward(self, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         latents = self.norm_latents(latents)
         both = torch.cat([self.norm_media(media), latents], dim=1)
-        query = self.to_q(latents).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [I, H, N, Dh]
+        query = self.to_q(latents).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [I, H, N, Dh]
         key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.to_kv(both).chunk(2, dim=-1)
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.to_kv(both).chunk(2, dim=-1)
         )
         attended = nn.functional.scaled_dot_product_attention(query, key, value)
         out: torch.Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
@@ -51,10 +52,10 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverLayer(nn.Module):
-    def __init__(self, width: int, heads: int, head_dim: int, ff_mult: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, ff_mult: int, linear: LinearLayers) -> None:
         super().__init__()
-        self.attention = PerceiverAttention(width, heads, head_dim)
-        self.feed_forward = FeedForward(width, ff_mult)
+        self.attention = PerceiverAttention(width, heads, head_dim, linear)
+        self.feed_forward = FeedForward(width, ff_mult, linear)
 
     def forward(self, media: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         latents = latents + self.attention(media, latents)
@@ -68,20 +69,29 @@ class PerceiverResampler(nn.Module):
     `squares`: how many squares of patches (with a pool of 1, patches) the latents read of one image.
     """
 
-    def __init__(self, settings: Connector, in_size: int, out_size: int | None, squares: int) -> None:
+    def __init__(
+        self,
+        settings: Connector,
+        in_size: int,
+        out_size: int | None,
+        squares: int,
+        linear: LinearLayers | None = None,
+    ) -> None:
         super().__init__()
+        linear = linear or LinearLayers()
         self.pool, self.pooling = settings.pool, settings.pooling
         merges = self.pool > 1 and self.pooling == "concat"
-        self.merge = nn.Linear(in_size * self.pool**2, in_size) if merges else nn.Identity()
+        self.merge = linear.whole(in_size * self.pool**2, in_size) if merges else nn.Identity()
         self.latents = nn.Parameter(torch.randn(settings.num_latents, in_size) * LATENT_STD)
         self.positions = (
             nn.Parameter(torch.randn(squares, in_size) * settings.position_std) if settings.position_std else None
         )
         self.layers = nn.ModuleList(
-            PerceiverLayer(in_size, settings.heads, settings.head_dim, settings.ff_mult) for _ in range(settings.depth)
+            PerceiverLayer(in_size, settings.heads, settings.head_dim, settings.ff_mult, linear)
+            for _ in range(settings.depth)
         )
         self.norm = nn.LayerNorm(in_size)
-        self.out = nn.Linear(in_size, out_size) if out_size else nn.Identity()
+        self.out = linear.whole(in_size, out_size) if out_size else nn.Identity()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         features = self.merge(pool_squares(features, self.pool, self.pooling))

@@ -1,0 +1,166 @@
+"""`vlm serve --engine vllm`: starts vLLM's own OpenAI server with our plugin, our guard and safe defaults.
+
+The server runs in whatever environment has vLLM; it finds this project by a folder of links on its PYTHONPATH.
+"""
+
+import argparse
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import serve as serve_package
+import vlm
+from serve.server import bind
+from serve.vllm_plugin.names import EARLY_ONLY, MODE, NO_DOMAIN
+from vlm.checkpoint import ADAPTER_CONFIG, check_source, read_object
+from vlm.errors import UserError
+
+VLLM_MINOR = "0.32"
+DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+GUARD = "serve.vllm_plugin.guard.ServerGuard"
+
+
+def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
+    """Checks everything that can be checked here, then runs the server until it ends. Its exit code."""
+    model = str(options.model)
+    check_model(model)
+    adapters = dict(parse_adapter(adapter) for adapter in options.adapter)
+    python = str(Path(options.vllm_python or sys.executable).expanduser())
+    check_vllm(python)
+    with bind(options.host, options.port) as listener:  # says now if the port is taken; vLLM finds out after a minute
+        port = listener.getsockname()[1]
+    if Path(model).exists():
+        model = str(Path(model).resolve())
+    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    command += ["--host", options.host, "--port", str(port), "--served-model-name", name]
+    command += ["--dtype", DTYPES[options.dtype], "--tokenizer-mode", MODE]
+    command += ["--allowed-media-domains", *(options.allow_domain or [NO_DOMAIN])]
+    if adapters:
+        command += ["--enable-lora", "--max-lora-rank", str(_lora_rank(adapters))]
+        command += ["--lora-modules", *(f"{served}={folder}" for served, folder in adapters.items())]
+    # argparse takes the last of what is said twice, so flags of one's own win; of middleware the last comes first
+    command += [*options.rest, "--middleware", GUARD]
+    with sources() as folder:
+        return run(command, environment(folder, api_key))
+
+
+def environment(folder: Path, api_key: str | None) -> dict[str, str]:
+    """The server's environment: our code on the path, the current folder off it, the key where `ps` shows none."""
+    changes = {
+        "PYTHONPATH": str(folder),
+        "PYTHONSAFEPATH": "1",
+        "VLLM_MEDIA_CONNECTOR": MODE,
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+    }
+    inherited = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_PLUGINS")}
+    if api_key is not None:
+        changes["VLLM_API_KEY"] = api_key
+    return {**inherited, **changes}
+
+
+@contextmanager
+def sources() -> Iterator[Path]:
+    """A folder that holds this project and nothing else of its environment, with the plugin's entry point."""
+    with tempfile.TemporaryDirectory(prefix="vlm-vllm-") as name:
+        folder = Path(name)
+        for package in (vlm, serve_package):
+            home = Path(str(package.__file__)).parent
+            (folder / home.name).symlink_to(home, target_is_directory=True)
+        metadata = folder / f"vlm-{vlm.__version__}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vlm\nVersion: {vlm.__version__}\n")
+        (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nvlm = serve.vllm_plugin:register\n")
+        yield folder
+
+
+def run(command: list[str], environment: dict[str, str]) -> int:
+    """Runs the server as a child in a session of its own; passes signals on to it, and its exit code back."""
+    child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    earlier = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _end_with_parent() -> None:
+    """Asks Linux to end the child when this process is killed and can't pass the signal on."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # sys/prctl.h
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def check_model(model: str) -> None:
+    """UserError for what vLLM couldn't serve, told before it spends a minute on starting."""
+    folder = Path(model)
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+        raise UserError(
+            f"{model}: an adapter, which vLLM serves beside its base: vlm serve {base} --engine vllm --adapter "
+            f"NAME={model}; or merge it first: vlm export {model} --to vlm --out DIR"
+        )
+    config: dict[str, Any] = check_source(model)
+    if config.get("model_type") == "vlm" and config.get("fusion", "early") != "early":
+        raise UserError(f"{model}: {EARLY_ONLY}")
+
+
+def check_vllm(python: str) -> None:
+    """UserError unless the interpreter has the vLLM that the plugin is written for."""
+    code = "import importlib.metadata as m; print(m.version('vllm'))"
+    if shutil.which(python) is None:
+        raise UserError(f"--vllm-python {python}: no such interpreter")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UserError(
+            f"vLLM is not installed for {python}: pip install 'vlm[vllm]' there, or name an interpreter that has it "
+            "by --vllm-python"
+        )
+    version = done.stdout.strip()
+    if not f"{version}.".startswith(f"{VLLM_MINOR}."):
+        raise UserError(f"{python} has vLLM {version}, and this release of vlm works with vLLM {VLLM_MINOR}.*")
+
+
+def parse_adapter(text: str) -> tuple[str, Path]:
+    """NAME=DIR. UserError unless it is a LoRA folder that can be served beside its base."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UserError(f"--adapter {text}: must be NAME=DIR")
+    path = Path(folder).expanduser().resolve()
+    if not (path / ADAPTER_CONFIG).is_file():
+        raise UserError(f"--adapter {text}: no LoRA adapter there (no {ADAPTER_CONFIG})")
+    whole = read_object(path / ADAPTER_CONFIG).get("modules_to_save")
+    if whole:
+        raise UserError(
+            f"--adapter {text}: it replaces whole modules ({', '.join(whole)}), which can't be done by request; merge "
+            f"it: vlm export {folder} --to vlm --out DIR"
+        )
+    return name, path
+
+
+def _lora_rank(adapters: dict[str, Path]) -> int:
+    """The least rank that vLLM knows and all adapters fit into."""
+    wanted = max(int(read_object(folder / ADAPTER_CONFIG).get("r", 8)) for folder in adapters.values())
+    rank = next((rank for rank in LORA_RANKS if rank >= wanted), None)
+    if rank is None:
+        raise UserError(f"an adapter of rank {wanted}: vLLM serves ranks up to {LORA_RANKS[-1]}")
+    return rank

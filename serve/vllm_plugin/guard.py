@@ -1,0 +1,90 @@
+"""Before vLLM's routes: the key on every one but /health, and errors in the shape that all our servers have."""
+
+import json
+import os
+import re
+from typing import Any
+
+from serve.errors import ApiError
+from serve.guard import App, Guard, Message, Receive, Scope, Send
+
+OPEN_PATHS = ("/health",)
+CODES = {
+    400: "invalid_value",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    429: "queue_full",
+    503: "unavailable",
+}
+
+
+class ServerGuard:
+    """What `--middleware` names; the key comes by the environment."""
+
+    def __init__(self, app: App) -> None:
+        self.app: App = ErrorShape(app)
+        key = os.environ.get("VLLM_API_KEY")
+        if key:
+            self.app = Guard(self.app, key, OPEN_PATHS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+class ErrorShape:
+    """Rewrites the bodies of answers with an error status; 422 becomes 400. Everything else passes as it comes."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        held: Message | None = None
+        body = b""
+
+        async def rewrite(message: Message) -> None:
+            nonlocal held, body
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                held = message
+            elif held is None:
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body", False):
+                    for part in _rewritten(held, body):
+                        await send(part)
+
+        await self.app(scope, receive, rewrite)
+
+
+def _rewritten(start: Message, body: bytes) -> list[Message]:
+    status = 400 if start["status"] == 422 else int(start["status"])
+    data = json.dumps(_error(status, body).body()).encode()
+    replaced = (b"content-length", b"content-type")
+    headers = [header for header in start["headers"] if header[0].lower() not in replaced]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    return [{**start, "status": status, "headers": headers}, {"type": "http.response.body", "body": data}]
+
+
+def _error(status: int, body: bytes) -> ApiError:
+    """The error that vLLM, FastAPI or a middleware meant."""
+    try:
+        said: Any = json.loads(body)
+    except ValueError:
+        said = body.decode(errors="replace")
+    if isinstance(said, dict):
+        said = next((said[name] for name in ("error", "detail", "message") if name in said), said)
+    told: dict[str, Any] = said if isinstance(said, dict) else {"message": str(said)}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    message = re.sub(r" \(parameter=.*\)$", "", str(told.get("message") or "the server failed on this request"))
+    code = told.get("code")
+    known = code if isinstance(code, str) else CODES.get(status)
+    if status == 404 and told.get("param") == "model":
+        known = "model_not_found"
+    return ApiError(status, message, kind, param=told.get("param"), code=known)

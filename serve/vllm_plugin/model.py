@@ -1,0 +1,94 @@
+"""`VisionLanguageModel` for vLLM: the project's tower and connector around vLLM's own language model."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
+
+from serve.vllm_plugin.linear import ParallelLayers
+from serve.vllm_plugin.names import EARLY_ONLY
+from serve.vllm_plugin.processing import DummyInputs, ImageProcessor, ProcessingInfo
+from vlm.configuration import VisionLanguageConfig
+from vlm.projector import MLPProjector
+from vlm.resampler import PerceiverResampler
+from vlm.vision import VisionTower
+
+
+@MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ProcessingInfo, dummy_inputs=DummyInputs)
+class VisionLanguageModel(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
+    """The tower is the same code and whole on every rank; connector and language model are cut over the ranks."""
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        if modality != "image":
+            raise ValueError(f"{modality} is not supported, only images are")
+        return None  # the chat template writes it
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: VisionLanguageConfig = vllm_config.model_config.hf_config
+        if config.fusion != "early":
+            raise ValueError(EARLY_ONLY)
+        self.config = config
+        vision: Any = config.vision_config
+        text: Any = config.text_config
+        marks: Any = self  # what the mixins bring is untyped
+        marks.configure_mm_token_handling(vocab_size=text.vocab_size, mm_token_ids=[config.image_token_id])
+        with marks._mark_tower_model(vllm_config, "image"):
+            self.vision_tower = VisionTower(vision, config.vision_feature_layer, config.vision_feature_select)
+            self.multi_modal_projector = _connector(config, self.vision_tower.feature_size, text.hidden_size)
+            self.to(vllm_config.model_config.dtype)
+        with marks._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                hf_config=text,
+                architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]],
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def embed_multimodal(self, pixel_values: torch.Tensor, **kwargs: object) -> list[torch.Tensor]:
+        """[I, 3, H, W] -> for each image its tokens [N, D]."""
+        features = self.vision_tower(pixel_values.to(next(self.vision_tower.parameters()).dtype))
+        return list(self.multi_modal_projector(features))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | IntermediateTensors:
+        inputs_embeds = inputs_embeds if intermediate_tensors is None else None
+        return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.language_model.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights)
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        return MultiModelKeys.from_string_field(
+            language_model="language_model", connector="multi_modal_projector", tower_model="vision_tower"
+        )
+
+
+def _connector(config: VisionLanguageConfig, in_size: int, out_size: int) -> nn.Module:
+    settings = config.connector_settings
+    ranks = get_tensor_model_parallel_world_size()
+    between = [out_size] if settings.type == "mlp" else [settings.heads, in_size * settings.ff_mult]
+    linear = ParallelLayers(all(size % ranks == 0 for size in between), "multi_modal_projector")
+    if settings.type == "mlp":
+        return MLPProjector(settings, in_size, out_size, linear)
+    return PerceiverResampler(settings, in_size, out_size, config.squares_per_image, linear)

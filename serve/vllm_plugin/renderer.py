@@ -1,0 +1,91 @@
+"""Chats to tokens as in training: what people wrote never becomes a control token, an `<image>` in it is text."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.base import BaseRenderer
+from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
+from vllm.renderers.hf import resolve_chat_template
+from vllm.renderers.params import ChatParams, TokenizeParams
+from vllm.tokenizers.hf import HfTokenizer
+from vllm.utils.async_utils import make_async
+
+from vlm.chat import ChatEncoder
+from vlm.errors import UserError
+
+Prompt = dict[str, Any]
+UNSUPPORTED = ("tools", "documents", "continue_final_message")
+
+
+class ChatRenderer(BaseRenderer[HfTokenizer]):
+    def __init__(self, config: VllmConfig, tokenizer: HfTokenizer | None) -> None:
+        super().__init__(config, tokenizer)
+        self._encoders: dict[str | None, ChatEncoder] = {}
+        self._encode_async = make_async(self._encode, executor=self._executor)
+
+    def render_messages(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Prompt]:
+        conversation, images, _ = parse_chat_messages(
+            messages,
+            self.model_config,
+            content_format="openai",
+            media_io_kwargs=params.media_io_kwargs,
+            mm_processor_kwargs=params.mm_processor_kwargs,
+        )
+        return conversation, _prompt(self._encode(conversation, params), images)
+
+    async def render_messages_async(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Prompt]:
+        conversation, images, _ = await parse_chat_messages_async(
+            messages,
+            self.model_config,
+            content_format="openai",
+            media_io_kwargs=params.media_io_kwargs,
+            mm_processor_kwargs=params.mm_processor_kwargs,
+        )
+        return conversation, _prompt(await self._encode_async(conversation, params), images)
+
+    def _encode(self, conversation: list[Any], params: ChatParams) -> list[int]:
+        settings = params.chat_template_kwargs
+        for name in UNSUPPORTED:
+            if settings.get(name):
+                raise VLLMValidationError(f"{name} is not supported", parameter=name)
+        try:
+            encoder = self._encoder(params.chat_template)
+            chat = [{**message, "role": _role(message), "content": _content(message)} for message in conversation]
+            return encoder.encode(chat, add_generation_prompt=settings.get("add_generation_prompt", True)).input_ids
+        except UserError as error:
+            raise VLLMValidationError(str(error), parameter="messages") from error
+
+    def _tokenize_prompt(self, prompt: Any, params: TokenizeParams) -> Any:
+        tokenizer = self.get_tokenizer()
+        begin = tokenizer("")["input_ids"] if params.add_special_tokens else []
+        begin = [token for token in begin if token != tokenizer.eos_token_id]
+        return self._build_tokens_prompt([*begin, *self._encoder(None).encode_text(prompt["prompt"])], prompt)
+
+    def _encoder(self, template: str | None) -> ChatEncoder:
+        if template not in self._encoders:
+            tokenizer, config = self.get_tokenizer(), self.model_config.hf_config
+            resolved = resolve_chat_template(tokenizer, template, None, model_config=self.model_config)
+            image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+            # one mark for each image: vLLM puts as many tokens in its place as the processor says
+            self._encoders[template] = ChatEncoder(tokenizer, resolved, image_token, 1)
+        return self._encoders[template]
+
+
+def _role(message: Any) -> str:
+    return "system" if message["role"] == "developer" else str(message["role"])
+
+
+def _content(message: Any) -> str | list[dict[str, Any]]:
+    content: Any = message.get("content") or ""
+    if isinstance(content, list) and len(content) == 1 and content[0]["type"] == "text":
+        return str(content[0]["text"])  # as training writes a message without images
+    return content
+
+
+def _prompt(ids: list[int], images: Any) -> Prompt:
+    # uuids, by which a client may name an image, are left out: they would find other clients' images in the cache
+    prompt: Prompt = {"prompt_token_ids": ids}
+    if images is not None:
+        prompt["multi_modal_data"] = images
+    return prompt
