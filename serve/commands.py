@@ -32,7 +32,9 @@ our models in it; what stands behind -- is handed to it (vllm serve --help=all e
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
     parser.add_argument("--api-key", metavar="KEY", help="ask clients for this key (default: $VLM_API_KEY, or none)")
     parser.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
-    parser.add_argument("--max-batch", type=positive, metavar="N", help="answers made at once (torch; default: 16)")
+    parser.add_argument(
+        "--max-batch", type=positive, metavar="N", help="answers made at once (default: 16, or vLLM's)"
+    )
     parser.add_argument(
         "--max-waiting",
         type=positive,
@@ -43,7 +45,7 @@ our models in it; what stands behind -- is handed to it (vllm serve --help=all e
         "--drain-timeout",
         type=float,
         metavar="S",
-        help="seconds to finish in after SIGTERM (torch; default: 30)",
+        help="seconds to finish in after SIGTERM (default: 30)",
     )
     parser.add_argument("--vllm-python", metavar="PATH", help="the interpreter that has vLLM (default: this one)")
     parser.add_argument(
@@ -126,7 +128,7 @@ def run_serve(options: argparse.Namespace) -> int:
 
 # an option that the other engine would silently ignore is refused instead
 ONLY_FOR = {
-    "torch": ("device", "max_batch", "max_waiting", "drain_timeout"),
+    "torch": ("device", "max_waiting"),
     "vllm": ("vllm_python", "allow_domain", "adapter", "rest"),
 }
 

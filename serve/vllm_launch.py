@@ -5,6 +5,7 @@ The server runs in whatever environment has vLLM; it finds this project by a fol
 
 import argparse
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import serve as serve_package
 import vlm
+from serve.media import Limits
 from serve.server import bind
 from serve.vllm_plugin.names import EARLY_ONLY, MODE, NO_DOMAIN
 from vlm.checkpoint import ADAPTER_CONFIG, check_source, read_object
@@ -27,6 +29,8 @@ from vlm.errors import UserError
 VLLM_MINOR = "0.32"
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# another key, a list of plugins without ours, a front end that knows no middleware
+UNWANTED = ("VLLM_API_KEY", "VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND")
 GUARD = "serve.vllm_plugin.guard.ServerGuard"
 
 
@@ -44,28 +48,37 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
     command = [python, "-m", "vllm.entrypoints.cli.main", "serve", model]
     command += ["--host", options.host, "--port", str(port), "--served-model-name", name]
     command += ["--dtype", DTYPES[options.dtype], "--tokenizer-mode", MODE]
+    command += ["--shutdown-timeout", str(round(30 if options.drain_timeout is None else options.drain_timeout))]
+    if options.max_batch is not None:
+        command += ["--max-num-seqs", str(options.max_batch)]
     command += ["--allowed-media-domains", *(options.allow_domain or [NO_DOMAIN])]
+    command += ["--limit-mm-per-prompt", json.dumps({"image": Limits.images})]
     if adapters:
         command += ["--enable-lora", "--max-lora-rank", str(_lora_rank(adapters))]
         command += ["--lora-modules", *(f"{served}={folder}" for served, folder in adapters.items())]
     # argparse takes the last of what is said twice, so flags of one's own win; of middleware the last comes first
     command += [*options.rest, "--middleware", GUARD]
+    address = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"{name} is loaded by vLLM now, and will be served at http://{address}:{port} (API: /v1)", flush=True)
     with sources() as folder:
         return run(command, environment(folder, api_key))
 
 
 def environment(folder: Path, api_key: str | None) -> dict[str, str]:
-    """The server's environment: our code on the path, the current folder off it, the key where `ps` shows none."""
+    """The server's environment: our code on the path, the current folder off it, the key where `ps` shows none.
+
+    Usage statistics, which vLLM sends to its makers, are off unless one's own environment says otherwise.
+    """
     changes = {
         "PYTHONPATH": str(folder),
         "PYTHONSAFEPATH": "1",
         "VLLM_MEDIA_CONNECTOR": MODE,
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     }
-    inherited = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_PLUGINS")}
+    inherited = {key: value for key, value in os.environ.items() if key not in UNWANTED}
     if api_key is not None:
         changes["VLLM_API_KEY"] = api_key
-    return {**inherited, **changes}
+    return {"VLLM_NO_USAGE_STATS": "1", **inherited, **changes}
 
 
 @contextmanager

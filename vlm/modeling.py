@@ -10,10 +10,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlm.configuration import VisionLanguageConfig
 from vlm.cross_attention import GatedCrossAttention, insert_blocks
+from vlm.encoding import EncodesImages, make_connector
 from vlm.fusion import Media, MediaLayout, index_media, lay_out_media
-from vlm.projector import MLPProjector
 from vlm.resampler import LATENT_STD, PerceiverResampler
-from vlm.vision import VisionTower, merge_towers
+from vlm.vision import VisionTower
 from vlm.visual import Visual
 
 PIXELS = ("pixel_values", "image_sizes", "second_pixel_values")  # what a processor makes of images
@@ -28,7 +28,7 @@ class VisionLanguageOutput(CausalLMOutputWithPast):
     document_start: torch.Tensor | None = None
 
 
-class VisionLanguageModel(PreTrainedModel, GenerationMixin):
+class VisionLanguageModel(EncodesImages, PreTrainedModel, GenerationMixin):
     """Early fusion puts visual tokens in the place of image tokens; deep fusion lets the LM's layers attend to them."""
 
     config_class = VisionLanguageConfig
@@ -56,12 +56,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             self.second_vision_tower = VisionTower(second, config.second_vision_feature_layer, "patch")
             patch_width += self.second_vision_tower.feature_size
         deep = config.fusion == "deep"
-        if connector.type == "mlp":
-            self.multi_modal_projector: nn.Module = MLPProjector(connector, patch_width, width)
-        else:
-            out_size = None if deep else width
-            self.multi_modal_projector = PerceiverResampler(connector, patch_width, out_size, config.squares_per_view)
-        media_width = patch_width if deep and connector.type == "perceiver" else width
+        keeps_width = deep and connector.type == "perceiver"
+        self.multi_modal_projector = make_connector(config, patch_width, None if keeps_width else width)
+        media_width = patch_width if keeps_width else width
         anyres = config.image_tokens.mode == "anyres"
         self.image_newline = nn.Parameter(torch.empty(media_width)) if anyres else None
         self.cross_attention = (
@@ -101,30 +98,6 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             nn.init.zeros_(module.ff_gate)
         elif module is self and self.image_newline is not None:
             nn.init.normal_(self.image_newline, std=self.image_newline.shape[0] ** -0.5)  # as LLaVA-NeXT
-
-    def encode_images(
-        self,
-        pixel_values: torch.Tensor,
-        image_sizes: torch.Tensor | None = None,
-        second_pixel_values: torch.Tensor | None = None,
-        keys: tuple[str, ...] = (),
-    ) -> Visual:
-        """The images of the whole batch in the order of their placeholders, as the LM sees them.
-
-        pixel_values: [V, 3, H, W], all views of all images, and those for the second encoder; image_sizes: [I, 2],
-        heights and widths, needed where images are cut into tiles. ValueError when views and sizes don't match.
-        """
-        features = self.vision_tower(pixel_values)
-        if self.second_vision_tower is not None:
-            if second_pixel_values is None:
-                raise ValueError("this model has two vision encoders: give second_pixel_values, too")
-            features = merge_towers(features, self.second_vision_tower(second_pixel_values))
-        views = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
-        layout = self.config.image_tokens
-        sizes = None if image_sizes is None else [(int(height), int(width)) for height, width in image_sizes.tolist()]
-        tokens, lengths = layout.arrange(views, sizes, self.image_newline)
-        tiles = tuple(layout.views(*size) for size in sizes) if sizes else (1,) * len(lengths)
-        return Visual(tokens, lengths, tiles=tiles, keys=keys)
 
     def project_layers(self, visual: Visual) -> Visual:
         """Deep fusion: the images with the keys and values of every gated block made ready, for repeated decoding."""

@@ -18,13 +18,13 @@ from serve.vllm_plugin.linear import ParallelLayers
 from serve.vllm_plugin.names import EARLY_ONLY
 from serve.vllm_plugin.processing import DummyInputs, ImageProcessor, ProcessingInfo
 from vlm.configuration import VisionLanguageConfig
-from vlm.projector import MLPProjector
-from vlm.resampler import PerceiverResampler
+from vlm.encoding import EncodesImages, make_connector
+from vlm.modeling import PIXELS
 from vlm.vision import VisionTower
 
 
 @MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ProcessingInfo, dummy_inputs=DummyInputs)
-class VisionLanguageModel(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
+class VisionLanguageModel(nn.Module, EncodesImages, SupportsMultiModal, SupportsLoRA, SupportsPP):
     """The tower is the same code and whole on every rank; connector and language model are cut over the ranks."""
 
     @classmethod
@@ -45,8 +45,16 @@ class VisionLanguageModel(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsP
         marks.configure_mm_token_handling(vocab_size=text.vocab_size, mm_token_ids=[config.image_token_id])
         with marks._mark_tower_model(vllm_config, "image"):
             self.vision_tower = VisionTower(vision, config.vision_feature_layer, config.vision_feature_select)
-            self.multi_modal_projector = _connector(config, self.vision_tower.feature_size, text.hidden_size)
-            self.to(vllm_config.model_config.dtype)
+            width = self.vision_tower.feature_size
+            self.second_vision_tower: VisionTower | None = None
+            if config.second_vision_config is not None:
+                second: Any = config.second_vision_config
+                self.second_vision_tower = VisionTower(second, config.second_vision_feature_layer, "patch")
+                width += self.second_vision_tower.feature_size
+            self.multi_modal_projector = _connector(config, width, text.hidden_size)
+        anyres = config.image_tokens.mode == "anyres"
+        self.image_newline = nn.Parameter(torch.empty(text.hidden_size)) if anyres else None
+        self.to(vllm_config.model_config.dtype)
         with marks._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config,
@@ -56,10 +64,11 @@ class VisionLanguageModel(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsP
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
-    def embed_multimodal(self, pixel_values: torch.Tensor, **kwargs: object) -> list[torch.Tensor]:
-        """[I, 3, H, W] -> for each image its tokens [N, D]."""
-        features = self.vision_tower(pixel_values.to(next(self.vision_tower.parameters()).dtype))
-        return list(self.multi_modal_projector(features))
+    def embed_multimodal(self, **kwargs: object) -> list[torch.Tensor]:
+        """What `ImageProcessor` made of some images -> for each its tokens [N, D]."""
+        given: dict[str, Any] = {name: value for name, value in kwargs.items() if name in PIXELS}
+        visual = self.encode_images(**given)
+        return list(visual.tokens.split(list(visual.lengths)))
 
     def forward(
         self,
@@ -80,7 +89,9 @@ class VisionLanguageModel(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsP
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(
-            language_model="language_model", connector="multi_modal_projector", tower_model="vision_tower"
+            language_model="language_model",
+            connector="multi_modal_projector",
+            tower_model=["vision_tower", "second_vision_tower"],
         )
 
 
@@ -89,6 +100,4 @@ def _connector(config: VisionLanguageConfig, in_size: int, out_size: int) -> nn.
     ranks = get_tensor_model_parallel_world_size()
     between = [out_size] if settings.type == "mlp" else [settings.heads, in_size * settings.ff_mult]
     linear = ParallelLayers(all(size % ranks == 0 for size in between), "multi_modal_projector")
-    if settings.type == "mlp":
-        return MLPProjector(settings, in_size, out_size, linear)
-    return PerceiverResampler(settings, in_size, out_size, config.squares_per_image, linear)
+    return make_connector(config, in_size, out_size, linear)

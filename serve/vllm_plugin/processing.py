@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import BatchFeature
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalDataDict
@@ -35,16 +36,14 @@ class ProcessingInfo(BaseProcessingInfo):
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
 
-    def placeholders(self, height: int, width: int) -> int:
-        return self.get_hf_config().placeholders_per_image
-
     def largest_size(self) -> tuple[int, int]:
-        """(height, width) of an image that takes as many tokens as any."""
-        vision: Any = self.get_hf_config().vision_config
-        return vision.image_size, vision.image_size
+        """(height, width) of an image that takes as many tokens as any: one that fills a grid leaves nothing out."""
+        layout = self.get_hf_config().image_tokens
+        sizes = ((layout.view_size, layout.view_size), *layout.pinpoints)
+        return max(sizes, key=lambda size: layout.placeholders(*size))
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": self.placeholders(*self.largest_size())}
+        return {"image": self.get_hf_config().image_tokens.placeholders(*self.largest_size())}
 
 
 class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
@@ -66,12 +65,17 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
 class ImageProcessor(BaseMultiModalProcessor[ProcessingInfo]):
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         processor = self.info.get_hf_processor(**hf_kwargs)
-        return BatchFeature({"pixel_values": processor.pixels(hf_data["images"])})
+        return BatchFeature(processor.pixels(hf_data["images"]))
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        return {"pixel_values": MultiModalFieldConfig.batched("image")}
+        if "image_sizes" not in hf_inputs:
+            return {}
+        layout = self.info.get_hf_config().image_tokens
+        views = torch.tensor([layout.views(height, width) for height, width in hf_inputs["image_sizes"].tolist()])
+        tensors = {name: MultiModalFieldConfig.flat_from_sizes("image", views) for name in hf_inputs}
+        return {**tensors, "image_sizes": MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_prompt_updates(
         self,
@@ -79,10 +83,11 @@ class ImageProcessor(BaseMultiModalProcessor[ProcessingInfo]):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptReplacement]:
-        token = self.info.get_hf_config().image_token_id
+        config = self.info.get_hf_config()
+        token = config.image_token_id
 
         def tokens(index: int) -> list[int]:
             size = mm_items.get_items("image", ImageProcessorItems).get_image_size(index)
-            return [token] * self.info.placeholders(size.height, size.width)
+            return [token] * config.image_tokens.placeholders(size.height, size.width)
 
         return [PromptReplacement(modality="image", target=[token], replacement=tokens)]

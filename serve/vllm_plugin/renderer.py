@@ -52,7 +52,9 @@ class ChatRenderer(BaseRenderer[HfTokenizer]):
         try:
             encoder = self._encoder(params.chat_template)
             chat = [{**message, "role": _role(message), "content": _content(message)} for message in conversation]
-            return encoder.encode(chat, add_generation_prompt=settings.get("add_generation_prompt", True)).input_ids
+            shown = sum(part["type"] == "image" for message in chat for part in _parts(message))
+            # one mark for each image: vLLM puts as many tokens in its place as the image needs
+            return encoder.encode(chat, [1] * shown, settings.get("add_generation_prompt", True)).input_ids
         except UserError as error:
             raise VLLMValidationError(str(error), parameter="messages") from error
 
@@ -67,8 +69,7 @@ class ChatRenderer(BaseRenderer[HfTokenizer]):
             tokenizer, config = self.get_tokenizer(), self.model_config.hf_config
             resolved = resolve_chat_template(tokenizer, template, None, model_config=self.model_config)
             image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-            # one mark for each image: vLLM puts as many tokens in its place as the processor says
-            self._encoders[template] = ChatEncoder(tokenizer, resolved, image_token, 1)
+            self._encoders[template] = ChatEncoder(tokenizer, resolved, image_token)
         return self._encoders[template]
 
 
@@ -81,6 +82,10 @@ def _content(message: Any) -> str | list[dict[str, Any]]:
     if isinstance(content, list) and len(content) == 1 and content[0]["type"] == "text":
         return str(content[0]["text"])  # as training writes a message without images
     return content
+
+
+def _parts(message: Any) -> list[Any]:
+    return message["content"] if isinstance(message["content"], list) else []
 
 
 def _prompt(ids: list[int], images: Any) -> Prompt:
