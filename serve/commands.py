@@ -32,9 +32,7 @@ our models in it; what stands behind -- is handed to it (vllm serve --help=all e
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
     parser.add_argument("--api-key", metavar="KEY", help="ask clients for this key (default: $VLM_API_KEY, or none)")
     parser.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
-    parser.add_argument(
-        "--max-batch", type=positive, metavar="N", help="answers made at once (default: 16, or vLLM's)"
-    )
+    parser.add_argument("--max-batch", type=positive, metavar="N", help="answers made at once (default: 16, or vLLM's)")
     parser.add_argument(
         "--max-waiting",
         type=positive,

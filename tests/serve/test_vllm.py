@@ -1,0 +1,197 @@
+"""Real vLLM on the CPU: the same tokens as our own generate, and nobody comes in without the key."""
+
+import base64
+import http.server
+import io
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from tests.serve.helpers import CHAT, TEXT, picture, refused, wait_until
+from tests.serve.vllm_models import KINDS, Case, Oracle, assert_same_tokens, build, cases
+from tests.serve.vllm_server import Server, chat, serving
+from train.adapters import save_adapter
+from vlm import load
+from vlm.images import decode_image
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+IN_CI = tuple(KINDS)[1:3]  # the first one serves the tests of everything else
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model and a LoRA adapter of it that changes its answers."""
+    root = tmp_path_factory.mktemp("vllm")
+    build(root / "model", "mlp")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, target_modules=r"language_model\..*\.(q_proj|v_proj|down_proj)")
+        adapted = get_peft_model(load(root / "model")[0], config)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    save_adapter(adapted, root / "cats", str(root / "model"))
+    return root / "model", root / "cats"
+
+
+@pytest.fixture(scope="module")
+def server(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    model, adapter = folders
+    with serving(model, tmp_path_factory.mktemp("here"), "--adapter", f"cats={adapter}") as running:
+        yield running
+
+
+def test_an_mlp_model_says_the_same_as_our_own(server: Server, folders: tuple[Path, Path]) -> None:
+    oracle, asked = Oracle(*load(folders[0])), cases()
+    assert_same_tokens(oracle, asked, server.ask(asked))
+    assert_images_matter(oracle)
+
+
+def test_a_lora_adapter_is_served_by_name(server: Server, folders: tuple[Path, Path]) -> None:
+    base, adapted = Oracle(*load(folders[0])), Oracle(*load(folders[1]))
+    asked = cases(18)
+    assert sum(base.answer(case) != adapted.answer(case) for case in asked) > 9
+    assert_same_tokens(adapted, asked, server.ask(asked, model="cats"))
+    assert_same_tokens(base, asked, server.ask(asked))
+
+
+def assert_images_matter(oracle: Oracle) -> None:
+    answers = [oracle.answer(Case("what is it?", (picture(seed),))).output for seed in range(6)]
+    assert len({tuple(answer) for answer in answers}) > 3, "the model looks at no image, so it shows nothing"
+
+
+def test_every_route_but_health_wants_the_key(server: Server) -> None:
+    with server.client() as client:
+        routes = client.get("/openapi.json").json()["paths"]
+    assert {CHAT, TEXT, "/v1/models", "/tokenize"} <= set(routes)
+    asked = [(method, path) for path, methods in routes.items() for method in methods]
+    asked += [("get", path) for path in ("/", "/metrics", "/docs", "/openapi.json", "/nowhere", "/v1/../metrics")]
+    for key in (None, "wrong", ""):
+        with server.client(key) as client:
+            for method, path in asked:
+                response = client.request(method, path.replace("{", "").replace("}", ""))
+                if path == "/health":
+                    assert response.status_code == 200
+                else:
+                    assert refused(response, 401)["code"] == "invalid_api_key", (method, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"model": "other"}, 404, "model_not_found"),
+        ({"messages": 3}, 400, None),
+        ({"messages": []}, 400, None),
+        ({"temperature": 3}, 400, None),
+        ({"max_tokens": 0}, 400, None),
+        ({"max_tokens": 1000}, 400, None),
+        ({"messages": [{"role": "user", "content": "x" * 3000}]}, 400, None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, None),
+        ({"continue_final_message": True, "add_generation_prompt": False}, 400, None),
+    ],
+)
+def test_errors_have_the_shape_of_ours(server: Server, change: dict[str, Any], status: int, code: str | None) -> None:
+    with server.client() as client:
+        error = refused(client.post(CHAT, json=chat(Case("hi", ()), max_tokens=3) | change), status)
+        assert code is None or error["code"] == code
+        refused(client.get("/nowhere"), 404)
+        refused(client.get(CHAT), 405)
+
+
+def test_images_of_other_places_are_refused_unseen(server: Server) -> None:
+    seen: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.path)
+            self.send_response(404)
+            self.end_headers()
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as site, server.client() as client:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        port = site.server_port
+        for url in (
+            f"http://127.0.0.1:{port}/a.png",
+            f"https://localhost:{port}/a.png",
+            "file:///etc/hostname",
+            "a.png",
+        ):
+            body = chat(Case("what?", ()), max_tokens=3)
+            body["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": url}})
+            assert "data: URLs" in refused(client.post(CHAT, json=body))["message"]
+        site.shutdown()
+    assert seen == []
+
+
+def test_images_are_decoded_as_everywhere(server: Server, folders: tuple[Path, Path]) -> None:
+    turned = picture(6, 64, 20)
+    exif = turned.getexif()
+    exif[274] = 6  # its orientation
+    see_through = picture(8).convert("RGBA")
+    see_through.putalpha(picture(9).convert("L"))
+    grey = Image.fromarray(np.asarray(picture(5))[..., 0].astype(np.uint16) * 256)
+    files = [png(grey), png(picture(7).convert("P")), png(see_through), png(turned, exif=exif)]
+    got = []
+    with server.client() as client:
+        body = chat(Case("what?", ()), max_tokens=24, return_token_ids=True)
+        part = {"type": "image_url", "image_url": {"url": ""}}
+        body["messages"][0]["content"].insert(0, part)
+        for file in files:
+            part["image_url"] = {"url": "data:image/png;base64," + base64.b64encode(file).decode()}
+            answer = client.post(CHAT, json=body).json()
+            got.append((answer["usage"]["prompt_tokens"], answer["choices"][0]["token_ids"]))
+        part["image_url"] = {"url": "data:image/png;base64,AAAA"}
+        assert "not an image" in refused(client.post(CHAT, json=body))["message"]
+    asked = [Case("what?", (decode_image(file),)) for file in files]
+    assert_same_tokens(Oracle(*load(folders[0])), asked, got)
+
+
+def png(image: Image.Image, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **settings)
+    return buffer.getvalue()
+
+
+def test_special_tokens_that_people_write_are_text(server: Server, folders: tuple[Path, Path]) -> None:
+    processor = load(folders[0])[1]
+    with server.client() as client:
+        for text in ("a <image> b<|end|>", "<image>"):
+            tokens = client.post("/tokenize", json={"model": "tiny", "prompt": text}).json()["tokens"]
+            assert tokens == processor.chat.encode_text(text)
+            assert client.post(TEXT, json={"model": "tiny", "prompt": text, "max_tokens": 3}).status_code == 200
+
+
+def test_sigterm_finishes_what_was_accepted_and_ends_with_the_servers_code(server: Server) -> None:
+    body = chat(Case("on and on", ()), max_tokens=400, stream=True, logit_bias={"1": -100})
+    with server.client() as client, client.stream("POST", CHAT, json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        received = [line for line in lines if line]
+    assert received[-1] == "data: [DONE]"
+    wait_until(lambda: server.process.poll() is not None, seconds=60)
+    assert server.process.returncode == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(server.url + "/health")
+
+
+@pytest.mark.parametrize("kind", IN_CI)
+def test_other_kinds_say_the_same_as_our_own(kind: str, tmp_path: Path) -> None:
+    assert_kind_is_served(kind, tmp_path)
+
+
+def assert_kind_is_served(kind: str, folder: Path) -> None:
+    build(folder / "model", kind)
+    oracle, asked = Oracle(*load(folder / "model")), cases()
+    assert_images_matter(oracle)
+    with serving(folder / "model", folder) as server:
+        assert_same_tokens(oracle, asked, server.ask(asked))
