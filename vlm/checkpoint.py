@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from vlm.auto import register
@@ -42,7 +43,7 @@ def load(
     check_source(source, model_type="vlm")
     register()
     try:
-        with _quietly(folder.is_dir()):
+        with quietly(folder.is_dir()):
             model, report = VisionLanguageModel.from_pretrained(
                 source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
@@ -50,7 +51,7 @@ def load(
     except SafetensorError as error:
         raise UserError(f"{source}: the weights are cut off or broken ({error})") from None
     except Exception as error:  # transformers fails in many ways on broken folders
-        raise UserError(f"{source}: cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"{source}: cannot be loaded ({first_line(error)})") from error
     check_complete(source, report)
     if processor.image_tokens != model.config.image_tokens:
         raise UserError(
@@ -71,15 +72,46 @@ def check_complete(source: str | Path, report: dict[str, Any]) -> None:
 
 
 def merge_adapter(model: VisionLanguageModel, adapter: Path) -> VisionLanguageModel:
-    """The model with a LoRA folder merged into its weights."""
-    from peft import PeftModel
+    """The model with a LoRA folder merged into its weights, each layer in float32."""
+    return fold(attach_adapter(model, adapter))
 
-    if not (adapter / "adapter_model.safetensors").is_file():
+
+def attach_adapter(model: VisionLanguageModel, adapter: Path) -> Any:
+    """The model with a LoRA folder beside its weights. UserError unless every tensor of the one fits the other."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
         raise UserError(f"{adapter}: no adapter_model.safetensors there")
     try:
-        merged: VisionLanguageModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        with safe_open(file, framework="pt") as tensors, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # ours below is an error
+            there = set(tensors.keys())
+            attached = PeftModel.from_pretrained(model, str(adapter))
+            needed = set(get_peft_model_state_dict(attached, save_embedding_layers=False))
     except Exception as error:  # peft fails in many ways on broken folders
-        raise UserError(f"{adapter}: doesn't fit its base model, or is broken ({_first_line(error)})") from error
+        raise UserError(f"{adapter}: doesn't fit its base model, or is broken ({first_line(error)})") from error
+    for what, names in (("lacks", needed - there), ("has, and its base model has no place for,", there - needed)):
+        if names:
+            raise UserError(f"{adapter}: {what} {len(names)} tensors, the first is {min(names)}")
+    return attached
+
+
+def fold(attached: Any) -> VisionLanguageModel:
+    """Adds attached adapters to the weights: in float32, then rounded once to the number format of each layer."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in attached.modules():
+        if isinstance(layer, BaseTunerLayer):
+            base: Any = layer.get_base_layer()
+            dtype = base.weight.dtype
+            plain = dtype.is_floating_point  # a quantised layer rounds in its own way
+            if plain:
+                base.float()
+            layer.merge()
+            if plain:
+                base.to(dtype)
+    merged: VisionLanguageModel = attached.unload()
     return merged
 
 
@@ -93,7 +125,7 @@ def check_source(source: str | Path, model_type: str | None = None) -> dict[str,
     if not (folder / "config.json").is_file():
         raise UserError(f"{source}: not a model folder (no config.json in it)")
     config = read_object(folder / "config.json")
-    if _asks_for_code(config):
+    if asks_for_code(config):
         raise UserError(f"{source}: its config asks to run code from the folder (auto_map); that is never done")
     if not list(folder.glob("*.safetensors")):
         pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
@@ -104,9 +136,10 @@ def check_source(source: str | Path, model_type: str | None = None) -> dict[str,
     return config
 
 
-def _asks_for_code(config: dict[str, Any]) -> bool:
+def asks_for_code(config: dict[str, Any]) -> bool:
+    """Whether a settings file names code of its own folder, which is never run."""
     parts = [part for part in config.values() if isinstance(part, dict)]
-    return "auto_map" in config or any(_asks_for_code(part) for part in parts)
+    return "auto_map" in config or any(asks_for_code(part) for part in parts)
 
 
 def save(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None = None) -> None:
@@ -149,8 +182,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _quietly(local: bool) -> Iterator[None]:
-    """No bar for reading a local file; a download keeps its own."""
+def quietly(local: bool) -> Iterator[None]:
+    """No bar of transformers' for reading a local file; a download keeps its own."""
     shown = logging.is_progress_bar_enabled()
     if local and shown:
         logging.disable_progress_bar()
@@ -175,6 +208,7 @@ def link_folder(source: Path, target: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. UserError when it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -184,6 +218,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, as the end of a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 1 + lines[0].rstrip().endswith(":")])

@@ -20,6 +20,8 @@ COMMANDS = {
     "chat": ("serve.commands:chat", "ask a model about pictures, once or in a conversation"),
     "serve": ("serve.commands:serve", "serve a model behind an OpenAI-compatible URL"),
     "data": ("data.commands:data", "make and look at data"),
+    "import": ("vlm.convert.commands:import_", "make a model folder of a LLaVA, LLaVA-NeXT or OpenFlamingo"),
+    "export": ("vlm.convert.commands:export", "write a model for the rest of the world, adapters merged, checked"),
     "report": ("train.commands:report", "write a run's page of curves and samples"),
 }
 

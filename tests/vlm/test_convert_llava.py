@@ -1,0 +1,391 @@
+"""Import and export of transformers' LLaVA: the same tensors, the same logits, and one sentence for what is broken."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.vlm.chats import picture, user
+from tests.vlm.llavas import LAYOUTS, PATCH, SIZE, edit, make_llava, relayout
+from vlm import UserError, load
+from vlm.cli import main
+from vlm.convert import exporting, tensors
+from vlm.convert.exporting import export_model
+from vlm.convert.importing import import_model
+from vlm.convert.tensors import SafetensorsFiles, weight_files
+
+PICTURES = [picture(1, 50, 40), picture(2, 20, 90)]
+CHAT = user(None, "what is this?", None, "and this?")
+
+
+def silent(*_: int) -> None:
+    pass
+
+
+def take(source: Path | str, out: Path, **options: Any) -> Path:
+    import_model(str(source), out, silent, **options)
+    return out
+
+
+def give(model: Path, out: Path, to: str = "llava-hf") -> Path:
+    export_model(str(model), to, out, silent)
+    return out
+
+
+def held(folder: Path) -> dict[str, torch.Tensor]:
+    files = SafetensorsFiles(weight_files(folder))
+    return {name: files.read(name) for name in files.shapes}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+
+
+def theirs(folder: Path) -> torch.Tensor:
+    """Logits that transformers' own classes give for the pictures and the chat."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(CHAT, add_generation_prompt=True)
+    inputs = processor(text=text, images=PICTURES, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(**inputs).logits
+    return logits
+
+
+def ours(folder: Path) -> torch.Tensor:
+    model, processor = load(folder)
+    ids = processor.chat.encode(CHAT, processor.placeholders(PICTURES), add_generation_prompt=True).input_ids
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([ids]), **processor.pixels(PICTURES)).logits
+    return logits
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A LLaVA folder of the installed transformers, to be left as it is."""
+    return make_llava(tmp_path_factory.mktemp("llava") / "llava", tiny_tokenizer)
+
+
+@pytest.fixture
+def copied(llava: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    return Path(shutil.copytree(llava, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_tensors_and_the_logits_of_transformers(
+    llava: Path, copied: Path, tmp_path: Path, layout: str
+) -> None:
+    expected = held(take(llava, tmp_path / "a"))
+    relayout(copied, layout)
+    imported = take(copied, tmp_path / "b")
+    assert_equal(held(imported), expected)
+    assert set(load(imported)[0].state_dict()) == set(expected)  # and these are all
+    torch.testing.assert_close(ours(imported), theirs(llava), rtol=0, atol=1e-5)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tied": {"text": {"tie_word_embeddings": True}},
+    "all vectors, two layers": {"vision_feature_select_strategy": "full", "vision_feature_layer": [-1, 0]},
+    "no bias, another activation": {"multimodal_projector_bias": False, "projector_hidden_act": "relu"},
+    "a squeezed language model": {"text": {"model_type": "qwen3", "head_dim": 16}},
+    "another layer layout": {"text": {"model_type": "gpt_neox", "num_key_value_heads": None}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_import_export_import_is_the_identity(tiny_tokenizer: Any, tmp_path: Path, variant: str) -> None:
+    source = make_llava(tmp_path / "llava", tiny_tokenizer, **VARIANTS[variant])
+    imported = take(source, tmp_path / "imported")
+    torch.testing.assert_close(ours(imported), theirs(source), rtol=0, atol=1e-5)
+    exported = give(imported, tmp_path / "exported")
+    torch.testing.assert_close(theirs(exported), theirs(source), rtol=0, atol=0)
+    again = take(exported, tmp_path / "again")
+    assert_equal(held(again), held(imported))
+    for name in ("config.json", "processor_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (again / name).read_text() == (imported / name).read_text()
+    assert {name.split(".")[0] for name in held(exported)} == {
+        "vision_tower",
+        "multi_modal_projector",
+        "language_model",
+    }
+
+
+def test_number_formats_and_shards_survive(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = {
+        name: tensor if name.startswith("multi_modal_projector") else tensor.to(torch.bfloat16)
+        for name, tensor in load_file(copied / "model.safetensors").items()
+    }
+    save_file(mixed, copied / "model.safetensors", metadata={"format": "pt"})
+    edit(copied / "config.json", dtype="bfloat16")
+    monkeypatch.setattr(tensors.write_tensors, "__defaults__", (60_000,))
+    told: list[tuple[int, ...]] = []
+    import_model(str(copied), tmp_path / "imported", lambda *numbers: told.append(numbers))
+    shards = weight_files(tmp_path / "imported")
+    assert len(shards) > 2
+    size = sum(tensor.nbytes for tensor in mixed.values())
+    assert [numbers[:2] for numbers in told] == [(n + 1, len(shards)) for n in range(len(shards))]
+    assert told[-1][2] == size
+    imported = held(tmp_path / "imported")
+    assert {str(tensor.dtype) for tensor in imported.values()} == {"torch.bfloat16", "torch.float32"}
+    exported = give(tmp_path / "imported", tmp_path / "exported")
+    assert len(weight_files(exported)) == len(shards)
+    assert_equal(held(take(exported, tmp_path / "again")), imported)
+    assert next(load(tmp_path / "imported")[0].parameters()).dtype == torch.bfloat16
+
+
+def test_an_exported_folder_is_spelt_so_that_others_read_it(llava: Path, tmp_path: Path) -> None:
+    exported = give(take(llava, tmp_path / "imported"), tmp_path / "exported")
+    names = set(held(exported))
+    for name in (
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight",
+        "multi_modal_projector.linear_1.weight",
+        "multi_modal_projector.linear_2.bias",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "language_model.lm_head.weight",
+    ):
+        assert name in names
+    config = json.loads((exported / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["image_seq_length"] == (SIZE // PATCH) ** 2
+    assert config["text_config"]["rope_theta"] == 500000.0  # transformers 4.x reads no rope_parameters
+    images = json.loads((exported / "preprocessor_config.json").read_text())
+    assert images["image_processor_type"] == "CLIPImageProcessor"
+    assert images["image_mean"] == [0.4, 0.5, 0.6]
+    tokenizer = json.loads((exported / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    template = json.loads((exported / "chat_template.json").read_text())["chat_template"]
+    assert template == (exported / "chat_template.jinja").read_text()
+    card = (exported / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "Nothing is recorded here about how this model was trained." in card
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        kept = load_file(folder / "model.safetensors")
+        del kept[name]
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def put(name: str, *shape: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        held = load_file(folder / "model.safetensors")
+        save_file({**held, name: torch.zeros(shape)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def retokenize(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<image>"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["extra_special_tokens"].remove("<image>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def index_without_shard(folder: Path) -> None:
+    name = "model-00001-of-00002.safetensors"
+    (folder / tensors.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+
+
+def twice(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+
+
+def edit_text(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        edit(folder / "config.json", text_config={**text, **changes})
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "not a model folder .no config.json in it"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{,"), "config.json: not valid JSON"),
+    "half the weights": (
+        lambda f: os.truncate(f / "model.safetensors", 9000),
+        "model.safetensors: the weights are cut off or broken",
+    ),
+    "a missing shard": (index_without_shard, "names model-00001-of-00002.safetensors, which is not there"),
+    "the same twice": (twice, "b.safetensors: holds .*, and so does a.safetensors"),
+    "code of its own": (lambda f: edit(f / "config.json", auto_map={"AutoModel": "evil.M"}), "run code .*auto_map"),
+    "code for images": (
+        lambda f: edit(f / "processor_config.json", image_processor={"auto_map": {"AutoImageProcessor": "evil.P"}}),
+        "processor_config.json asks to run code",
+    ),
+    "code for the tokenizer": (
+        lambda f: edit(f / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}),
+        "tokenizer_config.json asks to run code",
+    ),
+    "only pickles": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "only pickled weights .pytorch_model.bin., which are never loaded",
+    ),
+    "no lm_head": (drop("language_model.lm_head.weight"), "no lm_head in its weights, and its config.json doesn't tie"),
+    "tensors missing": (
+        drop("multi_modal_projector.linear_2.bias"),
+        r"1 missing \(multi_modal_projector.layers.2.bias\)$",
+    ),
+    "tensors unexpected": (put("language_model.model.layers.0.extra", 3), r"1 unexpected \(.*layers.0.extra\)$"),
+    "a layer less": (edit_text(num_hidden_layers=1), r"9 unexpected \(.* and 4 more\)$"),
+    "a projector of another width": (
+        put("multi_modal_projector.linear_2.weight", 32, 40),
+        r"1 of another shape \(multi_modal_projector.linear_2.weight is 32 x 40 and must be 32 x 32\)$",
+    ),
+    "tied, with a head of its own": (edit_text(tie_word_embeddings=True), "lm_head.weight differs from .*embed_tokens"),
+    "no image token": (retokenize, "its tokenizer has no image token .number 5, as its config.json says"),
+    "an image token that is a word": (lambda f: edit(f / "config.json", image_token_index=40), "has no image token"),
+    "an image token beyond": (lambda f: edit(f / "config.json", image_token_index=999), "has no image token"),
+    "too few embeddings": (
+        lambda f: (
+            put("language_model.model.embed_tokens.weight", 300, 32)(f),
+            put("language_model.lm_head.weight", 300, 32)(f),
+            edit_text(vocab_size=300)(f),
+        ),
+        "tokens in its tokenizer, but only 300 embeddings",
+    ),
+    "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), "give one with --chat-template FILE"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "its tokenizer can't be loaded"),
+    "no image settings": (lambda f: (f / "processor_config.json").unlink(), "how images are prepared"),
+    "unknown image settings": (
+        lambda f: edit(f / "processor_config.json", image_processor={"image_processor_type": "PixtralImageProcessor"}),
+        "prepared by PixtralImageProcessor, which is unknown here",
+    ),
+    "another kind of model": (
+        lambda f: edit(f / "config.json", model_type="bert"),
+        "a 'bert' model; .* can be imported",
+    ),
+    "an encoder that is unknown": (
+        lambda f: edit(f / "config.json", vision_config={"model_type": "vit", "image_size": 32, "patch_size": 8}),
+        "'vit' is no vision encoder that is known here",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_refused_in_one_sentence(
+    copied: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, complaint = BROKEN[what]
+    change(copied)
+    assert main(["import", str(copied), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1
+    assert said.startswith(f"vlm import: {copied}")
+    with pytest.raises(UserError, match=complaint):
+        raise UserError(said)
+    assert [path.name for path in tmp_path.iterdir()] == ["copied"]
+
+
+def test_a_source_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    (tmp_path / "file").write_text("")
+    for source, complaint in (
+        (tmp_path / "none", "no such model folder"),
+        (tmp_path / "file", "a file, where a model folder is needed"),
+        ("no/such-model", r"no/such-model: no such folder here, and the hub can't be reached \(Cannot find.*folder\)$"),
+    ):
+        for command in (take, give):
+            with pytest.raises(UserError, match=complaint):
+                command(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_wrong_hub_id_is_told_from_a_network_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def unknown(name: str, allow_patterns: list[str]) -> None:
+        import httpx
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        asked.extend(allow_patterns)
+        request = httpx.Request("GET", "https://huggingface.co")
+        raise RepositoryNotFoundError("401 Client Error.", response=httpx.Response(401, request=request))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unknown)
+    with pytest.raises(UserError, match="no/such-model: neither a folder here nor a model on the hub"):
+        take("no/such-model", tmp_path / "out")
+    assert "*.safetensors" in asked
+    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked)
+
+
+def test_nothing_is_replaced(llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for command in (take, give):
+        with pytest.raises(UserError, match="not empty; use another --out"):
+            command(llava, tmp_path)
+
+
+def test_a_template_of_ones_own_is_taken(copied: Path, tmp_path: Path) -> None:
+    (copied / "chat_template.jinja").unlink()
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{% endfor %}"
+    (tmp_path / "mine.jinja").write_text(template)
+    imported = take(copied, tmp_path / "imported", chat_template=tmp_path / "mine.jinja")
+    assert load(imported)[1].chat_template == template
+    with pytest.raises(UserError, match=r"none.jinja: cannot be read"):
+        take(copied, tmp_path / "other", chat_template=tmp_path / "none.jinja")
+
+
+@pytest.mark.parametrize(
+    ("fusion", "connector", "complaint"),
+    [
+        ("deep", "mlp", "can't express deep fusion; use --to vlm"),
+        ("early", "perceiver", "can't express a perceiver connector; use --to vlm"),
+        ("deep", "perceiver", "can't express deep fusion and a perceiver connector; use --to vlm"),
+    ],
+)
+def test_what_llava_cant_express_goes_out_in_our_own_layout(
+    tiny_models: Callable[[str, str], Path], tmp_path: Path, fusion: str, connector: str, complaint: str
+) -> None:
+    source = tiny_models(fusion, connector)
+    with pytest.raises(UserError, match=complaint):
+        give(source, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    exported = give(source, tmp_path / "out", to="vlm")
+    assert_equal(held(exported), held(source))
+    torch.testing.assert_close(ours(exported), ours(source), rtol=0, atol=0)
+
+
+def test_a_copy_that_answers_differently_is_not_kept(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported = take(llava, tmp_path / "imported")
+    write = exporting.write_tensors
+
+    def wrong(folder: Path, source: Any, progress: Any) -> None:
+        write(folder, source, progress)
+        name = "multi_modal_projector.linear_1.weight"
+        put(name, 32, 32)(folder)
+
+    monkeypatch.setattr(exporting, "write_tensors", wrong)
+    assert main(["export", str(imported), "--to", "llava-hf", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "doesn't answer as its source does: logits differ by" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["imported"]
+
+
+def test_what_export_says(llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", str(llava), "--out", str(tmp_path / "imported")]) == 0
+    assert main(["export", str(tmp_path / "imported"), "--to", "llava-hf", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "largest difference of logits to the source: 0 (up to" in said.out
+    assert "importing: shard 1 of 1" in said.err

@@ -1,0 +1,86 @@
+"""The model card of an exported model: what is known about it from its files, and nothing else."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlm import __version__
+from vlm.configuration import VisionLanguageConfig
+from vlm.settings import read_yaml
+
+SCORES = "scores.json"
+
+
+def model_card(
+    config: VisionLanguageConfig, name: str, origin: Path, adapter: Path | None, parameters: int, layout: str
+) -> str:
+    """README.md. `origin`: the folder of the model; a run that it or its adapter lies in is described, too."""
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    connector = config.connector_settings
+    library = "transformers" if layout == "llava-hf" else "vlm"
+    rows = {
+        "layout": "transformers' LLaVA" if layout == "llava-hf" else "vlm",
+        "fusion": config.fusion,
+        "vision encoder": f"{vision.model_type}, {vision.num_hidden_layers} layers of width {vision.hidden_size}",
+        "connector": f"{connector.type}, depth {connector.depth}",
+        "language model": f"{text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}",
+        "parameters": f"{parameters:,}",
+        "numbers": str(config.dtype).removeprefix("torch."),
+        "written by": f"vlm {__version__}" + (", an adapter merged in" if adapter is not None else ""),
+    }
+    lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text", "---", "", f"# {name}", ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+    run = find_run(adapter or origin)
+    if run is None:
+        return "\n".join([*lines, "Nothing is recorded here about how this model was trained.", ""])
+    return "\n".join([*lines, *_training(run), *_scores(run)])
+
+
+def find_run(folder: Path) -> Path | None:
+    """The run folder that holds a model or adapter."""
+    here = folder.resolve()
+    return next((parent for parent in (here, *here.parents[:2]) if (parent / "recipe.yaml").is_file()), None)
+
+
+def _training(run: Path) -> Iterator[str]:
+    recipe = read_yaml(run / "recipe.yaml")
+    yield from ("## Training", "", "| stage | steps | batch | learns (rate) | data |", "|---|---|---|---|---|")
+    for stage in recipe.get("stages", []):
+        rates = {part: rate for part, rate in stage.get("learning_rates", {}).items() if rate}
+        learns = ", ".join(f"{part} ({rate:g})" for part, rate in rates.items())
+        data = ", ".join(str(item.get("path")) for item in stage.get("data", []))
+        yield f"| {stage.get('name')} | {stage.get('steps')} | {stage.get('batch_size')} | {learns} | {data} |"
+    yield ""
+    if last := _last_step(run / "metrics.jsonl"):
+        yield from (f"Step {last['step']}, the last: loss {last['loss']:.4g}.", "")
+    # where the data lay on the machine of the training is nobody's business
+    shown = (run / "recipe.yaml").read_text(encoding="utf-8").splitlines()
+    yield from ("<details><summary>Recipe</summary>", "", "```yaml")
+    yield from (line for line in shown if not line.startswith("data_root:"))
+    yield from ("```", "", "</details>", "")
+
+
+def _last_step(metrics: Path) -> dict[str, Any] | None:
+    if not metrics.is_file():
+        return None
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    try:
+        last = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        return None
+    return last if isinstance(last, dict) and "step" in last and isinstance(last.get("loss"), float) else None
+
+
+def _scores(run: Path) -> Iterator[str]:
+    """Evaluations that lie in the run's folder."""
+    found = sorted(run.glob(f"*/{SCORES}"))
+    if not found:
+        return
+    yield from ("## Scores", "", "| evaluation | task | n | metrics |", "|---|---|---|---|")
+    for path in found:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in content.get("metrics", {}).items())
+        yield f"| {path.parent.name} | {content.get('task')} | {content.get('n')} | {metrics} |"
+    yield ""

@@ -1,0 +1,112 @@
+"""The model that is exported: a folder of ours or an adapter over one, also over a quantised one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.checkpoint import ADAPTER_CONFIG, attach_adapter, check_source, first_line, fold, load, read_object
+from vlm.configuration import VisionLanguageConfig
+from vlm.convert.keys import file_tensors
+from vlm.convert.parity import Probe, logits, make_probe, release
+from vlm.convert.sources import fetch
+from vlm.convert.tensors import InMemory, SafetensorsFiles, Tensors, weight_files
+from vlm.errors import UserError
+from vlm.processing import VisionLanguageProcessor
+
+
+@dataclass(frozen=True)
+class Source:
+    """name: as it was given; folder: of the model; adapter: of a LoRA that belongs to it."""
+
+    name: str
+    folder: Path
+    adapter: Path | None
+    config: VisionLanguageConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model that was asked: what it was asked, and the logits that it gave."""
+
+    processor: VisionLanguageProcessor
+    probe: Probe
+    expected: list[torch.Tensor]
+
+
+def open_source(name: str) -> Source:
+    """UserError for what is neither a model of ours nor an adapter over one."""
+    folder, adapter = fetch(name), None
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{name}: an adapter that doesn't name its base model")
+        folder, adapter = fetch(str(base)), folder
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise UserError(f"{name}: its base {folder} is an adapter, too; merge that one first")
+    check_source(folder, model_type="vlm")
+    try:
+        config = VisionLanguageConfig.from_pretrained(folder)
+    except Exception as error:  # transformers fails in many ways on broken configurations
+        raise UserError(f"{folder}: its config.json can't be read ({first_line(error)})") from error
+    return Source(name, folder, adapter, config)
+
+
+def read_source(source: Source) -> tuple[Reading, Tensors]:
+    """Asks the model, and hands on its tensors, merged, under the names they have in files. A plain model is out of
+    memory again by then.
+
+    The logits are those of the adapter beside its base, quantised or not, as it was trained: so merging is checked.
+    """
+    model, processor = load(source.folder)
+    text: Any = source.config.text_config
+    probe = make_probe(processor, text.vocab_size, getattr(text, "max_position_embeddings", None))
+    quantised = getattr(source.config, "quantization_config", None) is not None
+    if source.adapter is None:
+        expected = logits(model, probe)
+        if not quantised:
+            del model
+            release()
+            return Reading(processor, probe, expected), SafetensorsFiles(weight_files(source.folder))
+    else:
+        attached = attach_adapter(model, source.adapter)
+        expected = logits(attached, probe)
+        if quantised:
+            model = attached.unload()
+        else:
+            model = fold(attached)
+        del attached
+    if quantised:
+        dequantise(model)
+        if source.adapter is not None:
+            model = fold(attach_adapter(model, source.adapter))
+        model.to(source.dtype)
+        del source.config.quantization_config
+    return Reading(processor, probe, expected), InMemory(file_tensors(model))
+
+
+def dequantise(model: nn.Module) -> None:
+    """Puts ordinary float32 layers in the place of bitsandbytes' 4-bit ones. UserError for other quantisations."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError("a quantised model needs bitsandbytes: pip install 'vlm[quant]'") from None
+    found = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    if not found:
+        raise UserError("the base is quantised in another way than bitsandbytes' 4 bit, which can't be undone here")
+    for name, module in found.items():
+        state = module.weight.quant_state
+        state.dtype = torch.float32
+        plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        plain.weight = nn.Parameter(bitsandbytes.functional.dequantize_4bit(module.weight.data, state).float())
+        if module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.data.float())
+        model.set_submodule(name, plain)
+    for mark in ("is_quantized", "is_loaded_in_4bit"):
+        setattr(model, mark, False)

@@ -1,0 +1,111 @@
+"""Where a model comes from: a local folder or a hub id, and the files of it that may be read."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from vlm.checkpoint import asks_for_code, first_line, read_object
+from vlm.errors import UserError
+
+SETTINGS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+WEIGHTS = ["*.safetensors"]
+PICKLES = ["*.bin", "*.pt"]
+
+
+def fetch(source: str, *patterns: str) -> Path:
+    """The folder of a model: local, or downloaded from the hub (files that match `patterns` only).
+
+    UserError in one sentence for a folder that isn't there, a wrong hub id, and no network.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{source}: a file, where a model folder is needed")
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith("/"):
+        raise UserError(f"{source}: no such model folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(patterns) or [*SETTINGS, *WEIGHTS]))
+    except GatedRepoError:
+        raise UserError(
+            f"{source}: the hub gives this model only to those it let in; log in with `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"{source}: neither a folder here nor a model on the hub") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        why = first_line(error)
+        raise UserError(f"{source}: no such folder here, and the hub can't be reached ({why})") from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder. UserError when there is none, or when it asks to run code."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: not a model folder (no {path.name} in it)")
+    content = read_object(path)
+    if asks_for_code(content):
+        raise UserError(
+            f"{path.parent}: its {path.name} asks to run code from the folder (auto_map); that is never done"
+        )
+    return content
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a slow one (tokenizer.model) converted. Code in the folder is never run."""
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        read_settings(settings)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers fails in many ways on broken folders
+        raise UserError(f"{folder}: its tokenizer can't be loaded ({first_line(error)})") from error
+    return tokenizer
+
+
+def read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase, given: Path | None) -> str | None:
+    """The chat template: the file that was named, or else the folder's own, or None where it has none."""
+    if given is not None:
+        try:
+            return given.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{given}: cannot be read ({error})") from None
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "chat_template.json").is_file():
+        template = read_settings(folder / "chat_template.json").get("chat_template")
+        if isinstance(template, str):
+            return template
+    own = tokenizer.chat_template
+    return own if isinstance(own, str) else None
+
+
+def with_beginning(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template with the token at the beginning that the tokenizer would add on its own, if it lacks it.
+
+    Everything that renders prompts here, and vLLM, takes them as the template writes them.
+    """
+    begin = tokenizer.bos_token
+    if begin is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+        return template
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    try:
+        rendered = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    except Exception as error:  # templates raise whatever they like
+        raise UserError(f"the chat template can't be rendered ({first_line(error)})") from error
+    assert isinstance(rendered, str)
+    return template if rendered.startswith(begin) else "{{- bos_token -}}" + template
+
+
+def check_target(out: Path) -> None:
+    """UserError when something lies there already: it would be replaced as a whole."""
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: not empty; use another --out")
