@@ -10,6 +10,10 @@ from transformers import (
     CLIPImageProcessorPil,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
 )
 
@@ -57,9 +61,18 @@ LAYOUTS = {
 }
 
 
-def make_llava(folder: Path, tokenizer: Any, vision: Any = None, text: Any = None, **settings: Any) -> Path:
-    """A folder as the installed transformers writes it."""
-    config = LlavaConfig(
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32]]  # (height, width)
+
+
+def make_llava(
+    folder: Path, tokenizer: Any, vision: Any = None, text: Any = None, anyres: bool = False, **settings: Any
+) -> Path:
+    """A folder as the installed transformers writes it; anyres: a LLaVA-NeXT."""
+    kind, config_kind = LlavaForConditionalGeneration, LlavaConfig
+    if anyres:
+        kind, config_kind = LlavaNextForConditionalGeneration, LlavaNextConfig
+        settings["image_grid_pinpoints"] = PINPOINTS
+    config = config_kind(
         vision_config={**VISION, **(vision or {})},
         text_config={
             **TEXT,
@@ -73,10 +86,16 @@ def make_llava(folder: Path, tokenizer: Any, vision: Any = None, text: Any = Non
         **settings,
     )
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    square = {"height": SIZE, "width": SIZE}
-    LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square, image_mean=[0.4, 0.5, 0.6]),
+    kind(config).save_pretrained(folder)
+    images = {
+        "size": {"shortest_edge": SIZE},
+        "crop_size": {"height": SIZE, "width": SIZE},
+        "image_mean": [0.4, 0.5, 0.6],
+    }
+    (LlavaNextProcessor if anyres else LlavaProcessor)(
+        LlavaNextImageProcessorPil(**images, image_grid_pinpoints=PINPOINTS)
+        if anyres
+        else CLIPImageProcessorPil(**images),
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy=config.vision_feature_select_strategy,

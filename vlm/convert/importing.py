@@ -81,6 +81,10 @@ def read_llava(folder: Path, written: dict[str, Any], chat_template: Path | None
     template = read_chat_template(folder, tokenizer, chat_template)
     if template is None:
         raise UserError(NO_TEMPLATE.format(folder=folder))
+    images = read_image_settings(folder)
+    own = written.get("image_grid_pinpoints")
+    if own is not None and images.get("image_grid_pinpoints", own) != own:
+        raise UserError(f"{where}: image_grid_pinpoints of its config.json and of its image settings differ")
     generation = folder / "generation_config.json"
     return Imported(
         config,
@@ -88,7 +92,7 @@ def read_llava(folder: Path, written: dict[str, Any], chat_template: Path | None
         tokenizer,
         token,
         with_beginning(template, tokenizer),
-        image_processor(read_image_settings(folder), where),
+        image_processor(images, where),
         read_settings(generation) if generation.is_file() else None,
         notes,
     )
