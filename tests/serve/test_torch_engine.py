@@ -6,9 +6,11 @@ import torch
 
 from serve.engine import Request, SamplingParams
 from serve.errors import ParameterError
+from serve.torch_engine import TorchEngine
 from tests.conftest import build_tiny_model
-from tests.serve.helpers import chat_ids, endless, make_request, picture, run, spoiled
-from vlm import load
+from tests.serve.helpers import chat_ids, endless, image_input, make_request, picture, run, spoiled
+from tests.serve.vllm_models import KINDS, Oracle, assert_same_tokens, build, cases
+from vlm import UserError, load
 
 PAIRS = [(fusion, connector) for fusion in ("early", "deep") for connector in ("mlp", "perceiver")]
 
@@ -53,9 +55,34 @@ def test_greedy_is_generate_alone_and_batched_and_staggered(make_engine, loaded,
     assert len({tuple(ids) for [(ids, _, _)] in batched}) > 6  # not all the same by some collapse
 
 
-def test_all_images_are_seen_where_the_model_attends_to_all(tiny_tokenizer, tmp_path):
-    from serve.torch_engine import TorchEngine
+@pytest.mark.parametrize("kind", [kind for kind, settings in KINDS.items() if "gemma" not in str(settings)])
+def test_images_of_all_sizes_are_answered_as_generate_does(kind, tmp_path):
+    build(tmp_path / "m", kind)
+    model, processor = load(tmp_path / "m")
+    engine, oracle, asked = TorchEngine(model, processor, "tiny", max_batch=4), Oracle(model, processor), cases(18)
+    engine.start()
+    requests = [
+        Request(
+            id=str(number),
+            input_ids=oracle.inputs(case)["input_ids"][0].tolist(),
+            images=tuple(image_input(processor, image) for image in case.images),
+            sampling=SamplingParams(temperature=0.0, max_tokens=24),
+        )
+        for number, case in enumerate(asked)
+    ]
+    answers = [ids for [(ids, _, _)] in run(engine, *requests)]
+    engine.stop()
+    lengths = [len(request.input_ids) for request in requests]
+    assert_same_tokens(oracle, asked, list(zip(lengths, answers, strict=True)))
 
+
+def test_a_window_that_slides_is_refused(tmp_path):
+    build(tmp_path / "m", next(kind for kind, settings in KINDS.items() if "gemma" in str(settings)))
+    with pytest.raises(UserError, match="full attention only; this gemma3_text model"):
+        TorchEngine(*load(tmp_path / "m"), "tiny")
+
+
+def test_all_images_are_seen_where_the_model_attends_to_all(tiny_tokenizer, tmp_path):
     build_tiny_model(tmp_path / "m", tiny_tokenizer, "deep", "perceiver")
     model, processor = load(tmp_path / "m")
     model.config.cross_attention = {**model.config.cross_attention, "attend": "all"}
