@@ -1,6 +1,6 @@
 """`VisionLanguageModel` for vLLM: the project's tower and connector around vLLM's own language model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from vlm.configuration import VisionLanguageConfig
 from vlm.encoding import EncodesImages, make_connector
 from vlm.modeling import PIXELS
 from vlm.vision import VisionTower
+
+TOWERS = ("vision_tower", "second_vision_tower")
 
 
 @MULTIMODAL_REGISTRY.register_processor(ImageProcessor, info=ProcessingInfo, dummy_inputs=DummyInputs)
@@ -85,14 +87,41 @@ class VisionLanguageModel(nn.Module, EncodesImages, SupportsMultiModal, Supports
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights)
+        held: dict[str, dict[str, torch.Tensor]] = {name: {} for name in TOWERS}
+
+        def others() -> Iterator[tuple[str, torch.Tensor]]:
+            for key, tensor in weights:
+                part, _, rest = key.partition(".encoder.")
+                if part in held:
+                    held[part][rest] = tensor
+                else:
+                    yield key, tensor
+
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(others())
+        for name, tensors in held.items():
+            tower = getattr(self, name)
+            if isinstance(tower, VisionTower):  # vLLM leaves it out where images are limited to none
+                _fill(tower.encoder, tensors)
+                loaded |= {f"{name}.{key}" for key, _ in tower.named_parameters()}
+        return loaded
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(
             language_model="language_model",
             connector="multi_modal_projector",
-            tower_model=["vision_tower", "second_vision_tower"],
+            tower_model=list(TOWERS),
         )
+
+
+def _fill(encoder: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Loads an encoder by transformers, which alone knows the names that its families have in files."""
+    filled, report = type(encoder).from_pretrained(
+        None, config=encoder.config, state_dict=tensors, dtype=encoder.dtype, output_loading_info=True
+    )
+    if report["missing_keys"] or report["unexpected_keys"]:
+        wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
+        raise ValueError(f"the weights of the vision encoder don't fit: {', '.join(wrong[:5])}")
+    encoder.load_state_dict(filled.state_dict())
 
 
 def _connector(config: VisionLanguageConfig, in_size: int, out_size: int) -> nn.Module:
