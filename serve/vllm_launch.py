@@ -4,22 +4,20 @@ The server runs in whatever environment has vLLM; it finds this project by a fol
 """
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import serve as serve_package
 import vlm
+from serve.child import run
 from serve.media import Limits
 from serve.server import bind
 from serve.vllm_plugin.names import EARLY_ONLY, MODE, NO_DOMAIN
@@ -94,32 +92,6 @@ def sources() -> Iterator[Path]:
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vlm\nVersion: {vlm.__version__}\n")
         (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nvlm = serve.vllm_plugin:register\n")
         yield folder
-
-
-def run(command: list[str], environment: dict[str, str]) -> int:
-    """Runs the server as a child in a session of its own; passes signals on to it, and its exit code back."""
-    child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        child.send_signal(number)
-
-    earlier = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-    return code if code >= 0 else 128 - code
-
-
-def _end_with_parent() -> None:
-    """Asks Linux to end the child when this process is killed and can't pass the signal on."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # sys/prctl.h
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 def check_model(model: str) -> None:
