@@ -5,7 +5,7 @@ import http.server
 import io
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.serve.helpers import CHAT, TEXT, picture, refused, wait_until
 from tests.serve.vllm_models import KINDS, Case, Oracle, assert_same_tokens, build, cases
-from tests.serve.vllm_server import Server, chat, serving
+from tests.serve.vllm_server import FLAGS, Server, chat, serving
 from train.adapters import save_adapter
 from vlm import load
 from vlm.images import decode_image
@@ -189,9 +189,9 @@ def test_other_kinds_say_the_same_as_our_own(kind: str, tmp_path: Path) -> None:
     assert_kind_is_served(kind, tmp_path)
 
 
-def assert_kind_is_served(kind: str, folder: Path) -> None:
+def assert_kind_is_served(kind: str, folder: Path, flags: Sequence[str] = FLAGS) -> None:
     build(folder / "model", kind)
     oracle, asked = Oracle(*load(folder / "model")), cases()
     assert_images_matter(oracle)
-    with serving(folder / "model", folder) as server:
+    with serving(folder / "model", folder, flags=flags) as server:
         assert_same_tokens(oracle, asked, server.ask(asked))
