@@ -38,6 +38,9 @@ def export_model(model: str, to: str, out: Path, progress: Progress) -> Differen
         write_tensors(partial, _renamed(source, tensors) if as_llava else tensors, progress)
         del tensors
         release()
+        precision = torch.bfloat16 if source.quantised else source.dtype  # that of bitsandbytes' layers on CPUs
+        if source.quantised:
+            del source.config.quantization_config
         if as_llava:
             text = json.dumps(llava.write_config(source.config), indent=2, sort_keys=True) + "\n"
             (partial / "config.json").write_text(text, encoding="utf-8")
@@ -52,7 +55,7 @@ def export_model(model: str, to: str, out: Path, progress: Progress) -> Differen
         card = model_card(source.config, out.absolute().name, source.folder, source.adapter, parameters, to)
         (partial / "README.md").write_text(card, encoding="utf-8")
         got = _llava_logits(partial, source, reading) if as_llava else _own_logits(partial, reading)
-        return compare(reading.expected, got, source.dtype)
+        return compare(reading.expected, got, precision)
 
 
 def _renamed(source: Source, tensors: Tensors) -> Tensors:

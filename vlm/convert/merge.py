@@ -14,6 +14,7 @@ from vlm.convert.parity import Probe, logits, make_probe, release
 from vlm.convert.sources import fetch
 from vlm.convert.tensors import InMemory, SafetensorsFiles, Tensors, weight_files
 from vlm.errors import UserError
+from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
 
 
@@ -25,6 +26,10 @@ class Source:
     folder: Path
     adapter: Path | None
     config: VisionLanguageConfig
+
+    @property
+    def quantised(self) -> bool:
+        return getattr(self.config, "quantization_config", None) is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,28 +72,29 @@ def read_source(source: Source) -> tuple[Reading, Tensors]:
     model, processor = load(source.folder)
     text: Any = source.config.text_config
     probe = make_probe(processor, text.vocab_size, getattr(text, "max_position_embeddings", None))
-    quantised = getattr(source.config, "quantization_config", None) is not None
-    if source.adapter is None:
-        expected = logits(model, probe)
-        if not quantised:
-            del model
-            release()
-            return Reading(processor, probe, expected), SafetensorsFiles(weight_files(source.folder))
+    attached = model if source.adapter is None else attach_adapter(model, source.adapter)
+    expected = logits(attached, probe)
+    if source.quantised:
+        del model, attached
+        release()
+        model = _in_full_precision(source)
+    elif source.adapter is None:
+        del model, attached
+        release()
+        return Reading(processor, probe, expected), SafetensorsFiles(weight_files(source.folder))
     else:
-        attached = attach_adapter(model, source.adapter)
-        expected = logits(attached, probe)
-        if quantised:
-            model = attached.unload()
-        else:
-            model = fold(attached)
-        del attached
-    if quantised:
-        dequantise(model)
-        if source.adapter is not None:
-            model = fold(attach_adapter(model, source.adapter))
-        model.to(source.dtype)
-        del source.config.quantization_config
+        model = fold(attached)
     return Reading(processor, probe, expected), InMemory(file_tensors(model))
+
+
+def _in_full_precision(source: Source) -> VisionLanguageModel:
+    # read again: on CPUs the first forward of bitsandbytes repacks its layers, and rounds their scales
+    model, _ = load(source.folder)
+    dequantise(model)
+    if source.adapter is not None:
+        model = fold(attach_adapter(model, source.adapter))
+    nn.Module.to(model, source.dtype)  # transformers' own refuses, as it takes the model for a quantised one still
+    return model
 
 
 def dequantise(model: nn.Module) -> None:
@@ -108,5 +114,3 @@ def dequantise(model: nn.Module) -> None:
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.data.float())
         model.set_submodule(name, plain)
-    for mark in ("is_quantized", "is_loaded_in_4bit"):
-        setattr(model, mark, False)
