@@ -1,37 +1,26 @@
 """`vlm import`: a model of another layout becomes a folder of ours, its tensors streamed from file to file."""
 
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase
-
-from vlm.checkpoint import check_source, written_aside
-from vlm.configuration import VisionLanguageConfig
-from vlm.convert import llava
+from vlm.checkpoint import check_source
+from vlm.convert import flamingo, llava, original
 from vlm.convert.images import image_processor, read_image_settings
+from vlm.convert.imported import NO_TEMPLATE, Imported, check_vocabulary, write_imported
 from vlm.convert.keys import dropped, from_llava, match, skeleton
-from vlm.convert.sources import check_target, fetch, read_chat_template, read_settings, read_tokenizer, with_beginning
-from vlm.convert.tensors import Progress, Renamed, SafetensorsFiles, Tensors, weight_files, write_tensors
+from vlm.convert.sources import (
+    PICKLES,
+    SETTINGS,
+    WEIGHTS,
+    check_target,
+    fetch,
+    read_chat_template,
+    read_settings,
+    read_tokenizer,
+    with_beginning,
+)
+from vlm.convert.tensors import Progress, Renamed, SafetensorsFiles, weight_files
 from vlm.errors import UserError
-from vlm.processing import VisionLanguageProcessor
-
-NO_TEMPLATE = "{folder}: no chat template in it; give one with --chat-template FILE"
-
-
-@dataclass
-class Imported:
-    """A model that was read, but none of its tensors yet. notes: what people should know about how it was read."""
-
-    config: VisionLanguageConfig
-    tensors: Tensors
-    tokenizer: PreTrainedTokenizerBase
-    image_token: str
-    chat_template: str
-    images: BaseImageProcessor
-    generation: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def import_model(
@@ -47,13 +36,24 @@ def import_model(
     UserError in one sentence for what can't be read; `out` then stays as it was.
     """
     check_target(out)
+    if Path(source).is_file():
+        imported = flamingo.read_flamingo(Path(source), base, vision_tower, chat_template)
+        write_imported(imported, out, progress)
+        return imported.notes
     folder = fetch(source)
     written = read_settings(folder / "config.json")
-    kind = written.get("model_type")
-    if kind in llava.CONFIGS:
+    if original.is_original(written):
+        folder = fetch(source, *SETTINGS, *WEIGHTS, *PICKLES)
+        imported = original.read_original(folder, written, base, vision_tower, chat_template)
+    elif base or vision_tower:
+        raise UserError(
+            f"{source}: holds its own language model and vision encoder; leave out --base and --vision-tower"
+        )
+    elif written.get("model_type") in llava.CONFIGS:
         imported = read_llava(folder, written, chat_template)
     else:
-        raise UserError(f"{source}: a {kind!r} model; {', '.join(llava.CONFIGS)} can be imported")
+        kinds = ", ".join([*llava.CONFIGS, *original.LANGUAGE_MODELS])
+        raise UserError(f"{source}: a {written.get('model_type')!r} model; {kinds} can be imported")
     write_imported(imported, out, progress)
     return imported.notes
 
@@ -96,32 +96,3 @@ def read_llava(folder: Path, written: dict[str, Any], chat_template: Path | None
         read_settings(generation) if generation.is_file() else None,
         notes,
     )
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: VisionLanguageConfig, where: str) -> None:
-    """UserError when the tokenizer has tokens that the embeddings lack; more embeddings than tokens are padding."""
-    text: Any = config.text_config
-    if len(tokenizer) > text.vocab_size:
-        raise UserError(f"{where}: {len(tokenizer)} tokens in its tokenizer, but only {text.vocab_size} embeddings")
-
-
-def write_imported(imported: Imported, out: Path, progress: Progress) -> None:
-    config, tokenizer = imported.config, imported.tokenizer
-    if config.dtype is None:
-        config.dtype = imported.tensors.read(next(iter(imported.tensors.shapes))).dtype
-    config.architectures = ["VisionLanguageModel"]
-    tokenizer.padding_side = "left"
-    processor = VisionLanguageProcessor(
-        image_processor=imported.images,
-        tokenizer=tokenizer,
-        chat_template=imported.chat_template,
-        image_token=imported.image_token,
-        image_tokens=config.image_tokens,
-    )
-    with written_aside(out) as partial:
-        write_tensors(partial, imported.tensors, progress)
-        config.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        if imported.generation is not None:
-            text = json.dumps(imported.generation, indent=2) + "\n"
-            (partial / "generation_config.json").write_text(text, encoding="utf-8")

@@ -64,7 +64,9 @@ def skeleton(config: VisionLanguageConfig) -> Skeleton:
 
 def file_tensors(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
     """A model's tensors under the names that they have in files, each once: transformers renames some on their way."""
-    vars(model).pop("_weight_conversions", None)  # those by which it was read; quantised files have some of their own
+    model.__dict__.pop(
+        "_weight_conversions", None
+    )  # those by which it was read; quantised files have some of their own
     tied = set(model.all_tied_weights_keys)
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return dict(revert_weight_conversion(model, own))

@@ -109,17 +109,20 @@ class InMemory:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder: those that its index names, or all. UserError where one is missing."""
-    index = folder / INDEX
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+    return index_files(folder, INDEX) if (folder / INDEX).is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def index_files(folder: Path, name: str) -> list[Path]:
+    """The files that an index of tensors names."""
+    index = folder / name
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index}: not an index of tensors (no weight_map in it)") from None
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder}: {INDEX} names {name}, which is not there")
-    return [folder / name for name in names]
+    for file in files:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise UserError(f"{folder}: {name} names {file}, which is not there")
+    return [folder / file for file in files]
 
 
 def opened(path: Path) -> Any:

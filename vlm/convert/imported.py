@@ -1,0 +1,59 @@
+"""A model that was read from another layout, and its folder of ours."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+from vlm.checkpoint import written_aside
+from vlm.configuration import VisionLanguageConfig
+from vlm.convert.tensors import Progress, Tensors, write_tensors
+from vlm.errors import UserError
+from vlm.processing import VisionLanguageProcessor
+
+NO_TEMPLATE = "{folder}: no chat template in it; give one with --chat-template FILE"
+
+
+@dataclass
+class Imported:
+    """A model that was read, but none of its tensors yet. notes: what people should know about how it was read."""
+
+    config: VisionLanguageConfig
+    tensors: Tensors
+    tokenizer: PreTrainedTokenizerBase
+    image_token: str
+    chat_template: str
+    images: BaseImageProcessor
+    generation: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: VisionLanguageConfig, where: str) -> None:
+    """UserError when the tokenizer has tokens that the embeddings lack; more embeddings than tokens are padding."""
+    text: Any = config.text_config
+    if len(tokenizer) > text.vocab_size:
+        raise UserError(f"{where}: {len(tokenizer)} tokens in its tokenizer, but only {text.vocab_size} embeddings")
+
+
+def write_imported(imported: Imported, out: Path, progress: Progress) -> None:
+    config, tokenizer = imported.config, imported.tokenizer
+    if config.dtype is None:
+        config.dtype = imported.tensors.read(next(iter(imported.tensors.shapes))).dtype
+    config.architectures = ["VisionLanguageModel"]
+    tokenizer.padding_side = "left"
+    processor = VisionLanguageProcessor(
+        image_processor=imported.images,
+        tokenizer=tokenizer,
+        chat_template=imported.chat_template,
+        image_token=imported.image_token,
+        image_tokens=config.image_tokens,
+    )
+    with written_aside(out) as partial:
+        write_tensors(partial, imported.tensors, progress)
+        config.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        if imported.generation is not None:
+            text = json.dumps(imported.generation, indent=2) + "\n"
+            (partial / "generation_config.json").write_text(text, encoding="utf-8")
