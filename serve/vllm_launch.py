@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import serve as serve_package
 import vlm
@@ -23,6 +22,7 @@ from serve.server import bind
 from serve.vllm_plugin.names import EARLY_ONLY, MODE, NO_DOMAIN
 from vlm.checkpoint import ADAPTER_CONFIG, check_source, read_object
 from vlm.errors import UserError
+from vlm.hub import fetch
 
 VLLM_MINOR = "0.32"
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
@@ -34,16 +34,13 @@ GUARD = "serve.vllm_plugin.guard.ServerGuard"
 
 def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
     """Checks everything that can be checked here, then runs the server until it ends. Its exit code."""
-    model = str(options.model)
-    check_model(model)
+    folder = find_model(str(options.model))
     adapters = dict(parse_adapter(adapter) for adapter in options.adapter)
     python = str(Path(options.vllm_python or sys.executable).expanduser())
     check_vllm(python)
     with bind(options.host, options.port) as listener:  # says now if the port is taken; vLLM finds out after a minute
         port = listener.getsockname()[1]
-    if Path(model).exists():
-        model = str(Path(model).resolve())
-    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(folder.resolve())]
     command += ["--host", options.host, "--port", str(port), "--served-model-name", name]
     command += ["--dtype", DTYPES[options.dtype], "--tokenizer-mode", MODE]
     command += ["--shutdown-timeout", str(round(30 if options.drain_timeout is None else options.drain_timeout))]
@@ -94,18 +91,19 @@ def sources() -> Iterator[Path]:
         yield folder
 
 
-def check_model(model: str) -> None:
-    """UserError for what vLLM couldn't serve, told before it spends a minute on starting."""
-    folder = Path(model)
+def find_model(model: str) -> Path:
+    """Its folder. UserError for what vLLM couldn't serve, told before it spends a minute on starting."""
+    folder = fetch(model)
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
         raise UserError(
             f"{model}: an adapter, which vLLM serves beside its base: vlm serve {base} --engine vllm --adapter "
             f"NAME={model}; or merge it first: vlm export {model} --to vlm --out DIR"
         )
-    config: dict[str, Any] = check_source(model)
+    config = check_source(folder)
     if config.get("model_type") == "vlm" and config.get("fusion", "early") != "early":
         raise UserError(f"{model}: {EARLY_ONLY}")
+    return folder
 
 
 def check_vllm(python: str) -> None:

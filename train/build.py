@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from vlm.configuration import VisionLanguageConfig
 from vlm.contrastive import make_clip
 from vlm.encoders import image_size, make_image_processor
 from vlm.errors import UserError
+from vlm.hub import PICKLES, SETTINGS, fetch
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor, make_processor
 from vlm.settings import plain
@@ -46,8 +48,7 @@ def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
     if not (run.tokenizer / "tokenizer.json").is_file():
         pretrained = recipe.model.language.pretrained
         if pretrained is not None:
-            check_source(pretrained)
-            tokenizer = AutoTokenizer.from_pretrained(pretrained)
+            tokenizer = AutoTokenizer.from_pretrained(fetch(pretrained, *SETTINGS))
             if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
                 tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
             tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
@@ -201,7 +202,7 @@ def _saved_settings(backbone: Backbone) -> dict[str, Any]:
     if backbone.pretrained is None:
         return {}
     try:
-        saved, _ = CLIPImageProcessorPil.get_image_processor_dict(backbone.pretrained)
+        saved, _ = CLIPImageProcessorPil.get_image_processor_dict(fetch(backbone.pretrained, *SETTINGS))
     except OSError:
         return {}  # no preprocessor_config.json: what encoders of its kind are made for
     return {name: saved[name] for name in ("image_mean", "image_std", "resample", "rescale_factor") if name in saved}
@@ -215,26 +216,43 @@ def _trained(backbone: Backbone, run: Run) -> str | Path | None:
 
 
 def _load(kind: Any, source: str | Path) -> PreTrainedModel:
-    """A backbone with its weights, which never come from a pickle, whatever else lies in the folder."""
-    check_source(source)
+    """A backbone with its weights; where there is only a pickle of them, nothing but tensors is read from it."""
+    folder = _backbone(source)
     model: PreTrainedModel
     try:
         model, report = kind.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            use_safetensors=_is_safe(folder),
+            weights_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"{source}: cannot be loaded ({' '.join(str(error).split())})") from error
     check_complete(source, report)
     return model
 
 
 def _read_config(source: str) -> PreTrainedConfig:
-    check_source(source)
+    folder = _backbone(source)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot be loaded ({' '.join(str(error).split())})") from error
     return config
+
+
+def _backbone(source: str | Path) -> Path:
+    """Its folder."""
+    folder = fetch(source)
+    if not _is_safe(folder):
+        folder = fetch(source, *SETTINGS, *PICKLES)
+    check_source(folder, pickles=True)
+    return folder
+
+
+def _is_safe(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:

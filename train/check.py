@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from vlm.configuration import VisionLanguageConfig
 from vlm.contrastive import make_clip
 from vlm.encoders import IMAGE_PROCESSORS, check_encoder, image_size, make_image_processor
 from vlm.errors import UserError
+from vlm.hub import fetch
 from vlm.modeling import VisionLanguageModel
 from vlm.settings import nearest
 
@@ -154,14 +154,14 @@ def _encode_a_picture(model: VisionLanguageModel) -> None:
 
 
 def _saved_config(source: str) -> VisionLanguageConfig:
-    folder = Path(source)
+    folder = fetch(source)
     if (folder / ADAPTER_CONFIG).is_file():
         from peft import PeftConfig
 
-        source = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    check_source(source, model_type="vlm")
+        folder = fetch(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path))
+    check_source(folder, model_type="vlm")
     with _blame("model.pretrained"):
-        config: VisionLanguageConfig = VisionLanguageConfig.from_pretrained(source)
+        config: VisionLanguageConfig = VisionLanguageConfig.from_pretrained(folder)
     return config
 
 

@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from vlm.auto import register
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
+from vlm.hub import fetch
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -32,7 +33,7 @@ def load(
 
     dtype None keeps the dtype of the files. UserError with one sentence for anything that is not a model of ours.
     """
-    folder = Path(source)
+    folder = fetch(source)
     if (folder / ADAPTER_CONFIG).is_file():
         if adapter is not None:
             raise UserError(f"{adapter}: its base {folder} is an adapter, too; merge that one first")
@@ -40,14 +41,14 @@ def load(
         if not base:
             raise UserError(f"{folder}: an adapter that doesn't name its base model")
         return load(base, device, dtype, adapter=folder)
-    check_source(source, model_type="vlm")
+    check_source(folder, model_type="vlm")
     register()
     try:
-        with quietly(folder.is_dir()):
+        with quietly():
             model, report = VisionLanguageModel.from_pretrained(
-                source, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
-            processor = VisionLanguageProcessor.from_pretrained(source, trust_remote_code=False)
+            processor = VisionLanguageProcessor.from_pretrained(folder, trust_remote_code=False)
     except SafetensorError as error:
         raise UserError(f"{source}: the weights are cut off or broken ({error})") from None
     except Exception as error:  # transformers fails in many ways on broken folders
@@ -115,24 +116,22 @@ def fold(attached: Any) -> VisionLanguageModel:
     return merged
 
 
-def check_source(source: str | Path, model_type: str | None = None) -> dict[str, Any]:
-    """config.json of a local model folder ({} for a hub id). UserError if it is no model, or brings pickles or code."""
-    folder = Path(source)
-    if not folder.exists():
-        if str(source).count("/") == 1 and not str(source).startswith((".", "/", "~")):
-            return {}
-        raise UserError(f"{source}: no such model folder")
+def check_source(folder: Path, model_type: str | None = None, pickles: bool = False) -> dict[str, Any]:
+    """config.json of a model folder. UserError if it is no model, or brings code, or (unless allowed) only pickles."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{source}: not a model folder (no config.json in it)")
+        raise UserError(f"{folder}: not a model folder (no config.json in it)")
     config = read_object(folder / "config.json")
     if asks_for_code(config):
-        raise UserError(f"{source}: its config asks to run code from the folder (auto_map); that is never done")
+        raise UserError(f"{folder}: its config asks to run code from the folder (auto_map); that is never done")
     if not list(folder.glob("*.safetensors")):
-        pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
-        why = f"only pickled weights ({pickles[0]}), which are never loaded" if pickles else "no *.safetensors in it"
-        raise UserError(f"{source}: {why}")
+        pickled = [path.name for pattern in PICKLED for path in folder.glob(pattern)]
+        if not pickled:
+            raise UserError(f"{folder}: no *.safetensors in it")
+        if not pickles:
+            raise UserError(f"{folder}: only pickled weights ({pickled[0]}), which are never loaded")
     if model_type is not None and config.get("model_type") != model_type:
-        raise UserError(f"{source}: a {config.get('model_type')!r} model, where a {model_type!r} model is needed")
+        hint = "; vlm import makes one of it" if str(config.get("model_type")).startswith("llava") else ""
+        raise UserError(f"{folder}: a {config.get('model_type')!r} model, where a {model_type!r} model is needed{hint}")
     return config
 
 
@@ -182,15 +181,15 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def quietly(local: bool) -> Iterator[None]:
-    """No bar of transformers' for reading a local file; a download keeps its own."""
+def quietly() -> Iterator[None]:
+    """No bar of transformers' for reading a local file."""
     shown = logging.is_progress_bar_enabled()
-    if local and shown:
+    if shown:
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        if local and shown:
+        if shown:
             logging.enable_progress_bar()
 
 
@@ -216,9 +215,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, as the end of a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 1 + lines[0].rstrip().endswith(":")])

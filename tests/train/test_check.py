@@ -182,7 +182,19 @@ def test_processes_must_be_able_to_share_a_batch(scenes: Path, tmp_path: Path) -
         check_processes(load_recipe(path), 3)
 
 
-def test_a_pickle_beside_a_decoy_is_not_loaded(tiny_models: TinyModels, tiny_tokenizer: Any, tmp_path: Path) -> None:
+class Trap:
+    """Unpickled as anything that pickles can hold, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_of_a_pickle_tensors_alone_are_read_and_only_where_there_is_nothing_else(
+    tiny_models: TinyModels, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     model, _ = load(tiny_models("early", "mlp"))
     for part, build in (
         (model.language_model, lambda backbone: build_language_model(backbone, tiny_tokenizer, Run(tmp_path))),
@@ -196,3 +208,10 @@ def test_a_pickle_beside_a_decoy_is_not_loaded(tiny_models: TinyModels, tiny_tok
         shutil.move(folder / "model.safetensors", folder / "decoy.safetensors")
         with pytest.raises(UserError, match="cannot be loaded"):
             build(Backbone(pretrained=str(folder)))
+        (folder / "decoy.safetensors").unlink()
+        built = build(Backbone(pretrained=str(folder)))
+        assert all(torch.equal(one, built.state_dict()[name]) for name, one in part.state_dict().items())
+        torch.save(Trap(tmp_path / "sprung"), folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match="cannot be loaded"):
+            build(Backbone(pretrained=str(folder)))
+        assert not (tmp_path / "sprung").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from vlm.checkpoint import first_line, load, quietly, written_aside
+from vlm.checkpoint import load, quietly, written_aside
 from vlm.convert import llava
 from vlm.convert.card import model_card
 from vlm.convert.hf_processor import check_processor, llava_pixels, write_processor
@@ -18,7 +18,7 @@ from vlm.convert.merge import Reading, Source, open_source, read_source
 from vlm.convert.parity import Difference, compare, logits, release
 from vlm.convert.sources import check_target
 from vlm.convert.tensors import Progress, Renamed, Tensors, write_tensors
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
 
 
 def export_model(model: str, to: str, out: Path, progress: Progress) -> Difference:
@@ -68,7 +68,7 @@ def _llava_logits(folder: Path, source: Source, reading: Reading) -> list[torch.
     """With transformers' own classes, as its users load the folder."""
     try:
         check_processor(folder, reading.processor, source.config, reading.probe)
-        with quietly(local=True):
+        with quietly():
             model, report = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, output_loading_info=True
             )

@@ -8,19 +8,10 @@ from vlm.convert import flamingo, llava, original
 from vlm.convert.images import image_processor, read_image_settings
 from vlm.convert.imported import NO_TEMPLATE, Imported, check_vocabulary, write_imported
 from vlm.convert.keys import dropped, from_llava, match, skeleton
-from vlm.convert.sources import (
-    PICKLES,
-    SETTINGS,
-    WEIGHTS,
-    check_target,
-    fetch,
-    read_chat_template,
-    read_settings,
-    read_tokenizer,
-    with_beginning,
-)
+from vlm.convert.sources import check_target, read_chat_template, read_settings, read_tokenizer, with_beginning
 from vlm.convert.tensors import Progress, Renamed, SafetensorsFiles, weight_files
 from vlm.errors import UserError
+from vlm.hub import PICKLES, SETTINGS, WEIGHTS, fetch
 
 
 def import_model(

@@ -5,9 +5,8 @@ from typing import Any
 
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
 
-from vlm.checkpoint import first_line
 from vlm.configuration import VisionLanguageConfig
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
 
 CONFIGS: dict[str, type[PreTrainedConfig]] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}

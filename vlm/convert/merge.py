@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm.checkpoint import ADAPTER_CONFIG, attach_adapter, check_source, first_line, fold, load, read_object
+from vlm.checkpoint import ADAPTER_CONFIG, attach_adapter, check_source, fold, load, read_object
 from vlm.configuration import VisionLanguageConfig
 from vlm.convert.keys import file_tensors
 from vlm.convert.parity import Probe, logits, make_probe, release
-from vlm.convert.sources import fetch
 from vlm.convert.tensors import InMemory, SafetensorsFiles, Tensors, weight_files
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
+from vlm.hub import fetch
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AddedToken, PreTrainedConfig, PreTrainedTokenizerBase
 
-from vlm.checkpoint import first_line
-from vlm.convert.sources import PICKLES, SETTINGS, WEIGHTS, fetch, read_settings, read_tokenizer
+from vlm.convert.sources import read_settings, read_tokenizer
 from vlm.convert.tensors import (
     INDEX,
     Joined,
@@ -22,7 +21,8 @@ from vlm.convert.tensors import (
     index_files,
     weight_files,
 )
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
+from vlm.hub import PICKLES, SETTINGS, WEIGHTS, fetch
 from vlm.tokenization import IMAGE_TOKEN
 
 PICKLED = "pytorch_model.bin"

@@ -1,50 +1,12 @@
-"""Where a model comes from: a local folder or a hub id, and the files of it that may be read."""
+"""What else lies in a model folder: settings, tokenizer, chat template. Code in it is never run."""
 
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vlm.checkpoint import asks_for_code, first_line, read_object
-from vlm.errors import UserError
-
-SETTINGS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-WEIGHTS = ["*.safetensors"]
-PICKLES = ["*.bin", "*.pt"]
-
-
-def fetch(source: str, *patterns: str) -> Path:
-    """The folder of a model: local, or downloaded from the hub (files that match `patterns` only).
-
-    UserError in one sentence for a folder that isn't there, a wrong hub id, and no network.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{source}: a file, where a model folder is needed")
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith("/"):
-        raise UserError(f"{source}: no such model folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns) or [*SETTINGS, *WEIGHTS]))
-    except GatedRepoError:
-        raise UserError(
-            f"{source}: the hub gives this model only to those it let in; log in with `hf auth login`"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"{source}: neither a folder here nor a model on the hub") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        why = first_line(error)
-        raise UserError(f"{source}: no such folder here, and the hub can't be reached ({why})") from None
+from vlm.checkpoint import asks_for_code, read_object
+from vlm.errors import UserError, first_line
 
 
 def read_settings(path: Path) -> dict[str, Any]:

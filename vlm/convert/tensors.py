@@ -11,8 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vlm.checkpoint import first_line
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
