@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vlm import Visual
+from vlm.configuration import context_length
 from vlm.errors import UserError
 
 FIRST_LENGTH = 256
@@ -177,7 +178,8 @@ def check_cacheable(text_config: Any) -> None:
     sliding = window is not None and getattr(text_config, "use_sliding_window", True)
     default = ["sliding_attention" if sliding else "full_attention"]
     kinds = set(getattr(text_config, "layer_types", None) or default) - {"full_attention"}
-    if kinds == {"sliding_attention"} and window is not None and window >= text_config.max_position_embeddings:
+    longest = context_length(text_config)
+    if kinds == {"sliding_attention"} and None not in (window, longest) and window >= longest:
         return  # a window as long as the context never slides
     if kinds:
         raise UserError(

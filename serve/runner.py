@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from serve.cache import ImageCache, SlotCache, check_cacheable
 from serve.engine import ImageInput
 from vlm import VisionLanguageModel, Visual
+from vlm.configuration import context_length
 from vlm.errors import UserError
 from vlm.fusion import MediaLayout
 
@@ -29,9 +30,14 @@ class ModelRunner:
 
     def __init__(self, model: VisionLanguageModel, max_rows: int, image_cache_bytes: int) -> None:
         text_config: Any = model.config.text_config
+        length = context_length(text_config)
+        if length is None:
+            raise UserError(
+                f"this {text_config.model_type} model names no longest context; put one into its config.json"
+            )
         check_cacheable(text_config)
         self.model, self.config, self.device = model.eval(), model.config, model.device
-        self.context_length = int(text_config.max_position_embeddings)
+        self.context_length = length
         self.vocab_size = int(text_config.vocab_size)
         self.rows = SlotCache(int(text_config.num_hidden_layers), max_rows, self.context_length)
         self.images = ImageCache(image_cache_bytes)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vlm.configuration import context_length
 from vlm.errors import UserError
 from vlm.images import read_image, read_size
 from vlm.modeling import VisionLanguageModel
@@ -52,7 +53,7 @@ class Answerer:
         sizes = [] if question.image is None else [read_size(question.image)]
         placeholders = [self.processor.image_tokens.placeholders(*size) for size in sizes]
         ids = self.processor.chat.encode([message], placeholders, add_generation_prompt=True).input_ids
-        context: int | None = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        context = context_length(self.model.config.text_config)
         if context is not None and len(ids) + self.max_tokens > context:
             raise UserError(
                 f"question {question.id}: {len(ids)} tokens and an answer of up to {self.max_tokens} don't fit the "

@@ -16,7 +16,7 @@ from train.build import clip_settings, encoder_config, fused_config, image_setti
 from train.parts import split_into_parts
 from train.recipe import Backbone, Model, Recipe, Stage
 from vlm.checkpoint import ADAPTER_CONFIG, check_source
-from vlm.configuration import VisionLanguageConfig
+from vlm.configuration import VisionLanguageConfig, context_length
 from vlm.contrastive import make_clip
 from vlm.encoders import IMAGE_PROCESSORS, check_encoder, image_size, make_image_processor
 from vlm.errors import UserError
@@ -166,7 +166,7 @@ def _saved_config(source: str) -> VisionLanguageConfig:
 
 
 def _check_context(recipe: Recipe, language: Any) -> None:
-    longest = getattr(language, "max_position_embeddings", None)
+    longest = context_length(language)
     if recipe.context is None and longest is None:
         raise UserError("context: the language model names no longest one of its own; give it")
     if recipe.context is not None and longest is not None and recipe.context > longest:

@@ -21,6 +21,7 @@ from train.recipe import Recipe, Stage
 from train.runs import Run
 from vlm.chat import ChatEncoder
 from vlm.checkpoint import load, save
+from vlm.configuration import context_length
 from vlm.contrastive import contrastive_loss, recall_at_1
 from vlm.errors import UserError
 from vlm.processing import VisionLanguageProcessor
@@ -125,7 +126,7 @@ class Language(Objective):
         self.model = build_language_model(recipe.model.language, tokenizer, run)
         self.tokenizer, self.stage = tokenizer, stage
         self.chat = ChatEncoder(tokenizer, None, "<image>")
-        self.context = recipe.context or self.model.config.max_position_embeddings
+        self.context = _context(recipe, self.model.config)
 
     def make(self, pairs: Sequence[Pair]) -> Batch:
         examples = [encode_record(record, self.chat, self.context, self.stage.train_on, rng) for record, rng in pairs]
@@ -158,7 +159,7 @@ class Chat(Objective):
             self.vlm, self.processor = build_model(recipe, find_tokenizer(recipe, run), run)
         self.adapter_folder = run.adapter
         self.stage, self.read = stage, read
-        self.context = recipe.context or self.vlm.config.text_config.max_position_embeddings
+        self.context = _context(recipe, self.vlm.config.text_config)
         if stage.reset:
             draw_anew(self.vlm, stage.reset)
         self.adapter: PeftModel | None = add_lora(self.vlm, stage.lora) if stage.lora else None
@@ -213,6 +214,12 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
+
+
+def _context(recipe: Recipe, language: Any) -> int:
+    context = recipe.context or context_length(language)
+    assert context is not None, "a recipe without a context is checked before"
+    return context
 
 
 def _picture(read: ImageCache, record: Record, path: Path) -> Image.Image:

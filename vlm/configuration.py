@@ -153,6 +153,13 @@ class VisionLanguageConfig(PreTrainedConfig):
             )
 
 
+def context_length(text_config: Any) -> int | None:
+    """Tokens that a language model can read; None where it names no limit."""
+    names = ("max_position_embeddings", "max_seq_len")
+    found = next((getattr(text_config, name) for name in names if getattr(text_config, name, None)), None)
+    return None if found is None else int(found)
+
+
 def _sub_config(value: dict[str, Any] | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
         return value

@@ -1,10 +1,14 @@
 """Gated cross-attention (Flamingo, section 3.2 and figure 4), put before decoder layers of any causal LM.
 
 The blocks live beside the LM and enter through forward pre-hooks, so the LM keeps its own module names: its saved keys
-stay plain, LoRA finds its layers, and it can be swapped. What a block needs travels as arguments of the call, never as
-state on a module, so requests can't leak into each other and recomputation sees what the first pass saw.
+stay plain, LoRA finds its layers, and it can be swapped. What a block needs travels as an argument of the call, never
+as state on a module, so requests can't leak into each other and recomputation sees what the first pass saw. Layers of
+LMs that hand no arguments on (MPT, Falcon) find it in a variable of the calling thread, which recomputation would miss.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -78,22 +82,45 @@ def insert_blocks(
     return blocks
 
 
+_under_way: ContextVar[Media | None] = ContextVar("media", default=None)
+
+
+@contextmanager
+def carried(media: Media | None) -> Iterator[None]:
+    """While the LM runs, its layers find the images, though they aren't handed on to them."""
+    before = _under_way.set(media)
+    try:
+        yield
+    finally:
+        _under_way.reset(before)
+
+
+def _taken(layer: nn.Module, kwargs: dict[str, Any]) -> Media | None:
+    handed: Media | None = kwargs.pop("media", None)
+    media = handed or _under_way.get()
+    if media is not None and handed is None and layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(layer).__name__} is not handed its images, so it can't run again in the backward pass: turn "
+            "gradient checkpointing off"
+        )
+    return media
+
+
 def _attend_before_layer(
-    _layer: nn.Module,
+    layer: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     block: GatedCrossAttention,
     position: int,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    media: Media | None = kwargs.pop("media", None)
+    media = _taken(layer, kwargs)
     if media is None:
         if block.zero_ffn_without_media:
             return args, kwargs
         # Flamingo applies the feed-forward to text without images, too
         fed = block.ff_gate.tanh() * block.feed_forward(args[0])
         return (args[0] + fed, *args[1:]), kwargs
-    media.reached += 1
     ready = media.visual.layers[position] if media.visual.layers else None
     return (block(args[0], media.visual.tokens, ready, media.layout), *args[1:]), kwargs
 

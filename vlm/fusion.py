@@ -56,13 +56,12 @@ class MediaLayout:
     any_visible: torch.Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Media:
-    """The images of one forward on their way to the LM's layers, as an argument. reached: layers that they came to."""
+    """The images of one forward on their way to the LM's layers."""
 
     visual: Visual
     layout: MediaLayout
-    reached: int = 0
 
 
 def lay_out_media(

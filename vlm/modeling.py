@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlm.configuration import VisionLanguageConfig
-from vlm.cross_attention import GatedCrossAttention, insert_blocks
+from vlm.cross_attention import GatedCrossAttention, carried, insert_blocks
 from vlm.encoding import EncodesImages, make_connector
 from vlm.fusion import Media, MediaLayout, index_media, lay_out_media
 from vlm.resampler import LATENT_STD, PerceiverResampler
@@ -163,21 +163,17 @@ class VisionLanguageModel(EncodesImages, PreTrainedModel, GenerationMixin):
             if use_cache and not self.training and not visual.layers:
                 visual = self.project_layers(visual)
             layer_kwargs = {"media": Media(visual, media_layout)}
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **layer_kwargs,
-            **kwargs,
-        )
-        if layer_kwargs and not layer_kwargs["media"].reached:
-            raise ValueError(
-                f"{type(self.language_model).__name__} hands no arguments on to its layers, so deep fusion can't "
-                "show them images; use early fusion with it"
+        with carried(layer_kwargs.get("media")):
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **layer_kwargs,
+                **kwargs,
             )
         return VisionLanguageOutput(
             loss=outputs.loss,

@@ -34,6 +34,9 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**GROUPED, "head_dim": 16},  # scaled embeddings, windows in some layers
     "smollm3": GROUPED,
     "gpt_neox": TEXT,  # other names everywhere, attention and MLP side by side
+    # these two hand nothing on to their layers
+    "mpt": {"vocab_size": 64, "d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128, "initializer_range": 0.3},
+    "falcon": TEXT,
     "opt": {**{k: v for k, v in TEXT.items() if k != "intermediate_size"}, "ffn_dim": 48, "word_embed_proj_dim": 32},
 }
 IMAGE = 9
@@ -114,14 +117,20 @@ def test_deep_fusion_with_closed_gates_is_the_lm_and_with_open_ones_sees(lm: str
         assert torch.equal(model(input_ids=ids, pixel_values=pixels).logits, model.language_model(ids).logits)
 
 
-def test_an_lm_that_hands_nothing_on_to_its_layers_is_refused_in_deep_fusion() -> None:
-    text = {"model_type": "mpt", "vocab_size": 64, "d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128}
-    config = VisionLanguageConfig(
-        vision_config=VISION, text_config=text, fusion="deep", image_token_id=IMAGE, cross_attention={"heads": 2}
-    )
-    model = VisionLanguageModel(config)
-    with pytest.raises(ValueError, match="MptForCausalLM hands no arguments on to its layers"):
-        model(input_ids=torch.tensor([[2, IMAGE, 3]]), pixel_values=torch.randn(1, 3, 32, 32))
+@pytest.mark.parametrize("lm", ["mpt", "llama"])
+def test_recomputed_layers_see_what_they_saw_or_say_that_they_cant(lm: str) -> None:
+    model = compose(lm=lm, fusion="deep").train()
+    ids, pixels = torch.tensor([prompts(model)[1]]), torch.randn(2, 3, 32, 32)
+    gate = model.cross_attention["0"].attn_gate
+    expected = torch.autograd.grad(model(ids, pixel_values=pixels, labels=ids, use_cache=False).loss, gate)[0]
+    assert expected.abs() > 1e-6
+    model.gradient_checkpointing_enable()
+    if lm == "mpt":
+        with pytest.raises(ValueError, match="turn gradient checkpointing off"):
+            model(ids, pixel_values=pixels, labels=ids, use_cache=False)
+        return
+    again = torch.autograd.grad(model(ids, pixel_values=pixels, labels=ids, use_cache=False).loss, gate)[0]
+    torch.testing.assert_close(again, expected)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vlm.checkpoint import ADAPTER_CONFIG, attach_adapter, check_source, fold, load, read_object
-from vlm.configuration import VisionLanguageConfig
+from vlm.configuration import VisionLanguageConfig, context_length
 from vlm.convert.keys import file_tensors
 from vlm.convert.parity import Probe, logits, make_probe, release
 from vlm.convert.tensors import InMemory, SafetensorsFiles, Tensors, weight_files
@@ -71,7 +71,7 @@ def read_source(source: Source) -> tuple[Reading, Tensors]:
     """
     model, processor = load(source.folder)
     text: Any = source.config.text_config
-    probe = make_probe(processor, text.vocab_size, getattr(text, "max_position_embeddings", None))
+    probe = make_probe(processor, text.vocab_size, context_length(text))
     attached = model if source.adapter is None else attach_adapter(model, source.adapter)
     expected = logits(attached, probe)
     if source.quantised:
