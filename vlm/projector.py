@@ -60,4 +60,4 @@ def pool_squares(features: torch.Tensor, pool: int, pooling: str) -> torch.Tenso
         grid = nn.functional.pixel_unshuffle(nn.functional.pad(grid, (0, missing, 0, missing)), pool)
     else:
         grid = nn.functional.avg_pool2d(grid, pool, ceil_mode=True)
-    return grid.flatten(2).transpose(1, 2)
+    return grid.flatten(2).transpose(1, 2).contiguous()  # kernels of engines want it so

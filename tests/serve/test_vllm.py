@@ -189,9 +189,9 @@ def test_other_kinds_say_the_same_as_our_own(kind: str, tmp_path: Path) -> None:
     assert_kind_is_served(kind, tmp_path)
 
 
-def assert_kind_is_served(kind: str, folder: Path, flags: Sequence[str] = FLAGS) -> None:
+def assert_kind_is_served(kind: str, folder: Path, flags: Sequence[str] = FLAGS, cores: str = "auto") -> None:
     build(folder / "model", kind)
     oracle, asked = Oracle(*load(folder / "model")), cases()
     assert_images_matter(oracle)
-    with serving(folder / "model", folder, flags=flags) as server:
+    with serving(folder / "model", folder, flags=flags, cores=cores) as server:
         assert_same_tokens(oracle, asked, server.ask(asked))

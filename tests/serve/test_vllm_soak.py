@@ -18,7 +18,7 @@ def test_a_kind_says_the_same_as_our_own(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", IN_CI)
 def test_two_ranks_say_the_same_as_our_own(kind: str, tmp_path: Path) -> None:
-    assert_kind_is_served(kind, tmp_path, (*FLAGS, "--tensor-parallel-size", "2"))
+    assert_kind_is_served(kind, tmp_path, (*FLAGS, "--tensor-parallel-size", "2"), cores="0|1")
 
 
 def test_a_compiled_model_says_the_same_as_our_own(tmp_path: Path) -> None:

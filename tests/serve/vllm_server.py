@@ -62,13 +62,19 @@ def chat(case: Case, model: str = "tiny", **settings: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, *options: str, flags: Sequence[str] = FLAGS) -> Iterator[Server]:
-    """The server over a model; its log lies in `folder`, which is also its current one, with traps in it."""
+def serving(
+    model: Path, folder: Path, *options: str, flags: Sequence[str] = FLAGS, cores: str = "auto"
+) -> Iterator[Server]:
+    """The server over a model; its log lies in `folder`, which is also its current one, with traps in it.
+
+    cores: which of them each of vLLM's ranks takes, in its own notation.
+    """
     for name in ("vllm", "serve", "data"):
         (folder / f"{name}.py").write_text("raise ImportError('the current folder was imported from')\n")
     command = [sys.executable, "-P", "-m", "vlm.cli", "serve", str(model), "--engine", "vllm", "--name", "tiny"]
     command += ["--vllm-python", vllm_python(), "--port", "0", "--dtype", "fp32", *options, "--", *flags]
     changes = {"PYTHONPATH": str(ROOT), "VLM_API_KEY": KEY, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    changes["VLLM_CPU_OMP_THREADS_BIND"] = cores
     log = folder / "vllm.log"
     with log.open("w") as file:
         running = subprocess.Popen(
