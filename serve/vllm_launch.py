@@ -48,6 +48,8 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
         command += ["--max-num-seqs", str(options.max_batch)]
     command += ["--allowed-media-domains", *(options.allow_domain or [NO_DOMAIN])]
     command += ["--limit-mm-per-prompt", json.dumps({"image": Limits.images})]
+    # for vLLM's own classes: with torchvision, which it brings, transformers scales pictures differently
+    command += ["--mm-processor-kwargs", json.dumps({"backend": "pil"})]
     if adapters:
         command += ["--enable-lora", "--max-lora-rank", str(_lora_rank(adapters))]
         command += ["--lora-modules", *(f"{served}={folder}" for served, folder in adapters.items())]

@@ -1,4 +1,4 @@
-"""Before vLLM's routes: the key on every one but /health, and errors in the shape that all our servers have."""
+"""Before vLLM's routes: the key on every one but /health, errors in the shape of all our servers, no paths."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from serve.errors import ApiError
 from serve.guard import App, Guard, Message, Receive, Scope, Send
 
 OPEN_PATHS = ("/health",)
+MODELS = "/v1/models"
 CODES = {
     400: "invalid_value",
     401: "invalid_api_key",
@@ -24,7 +25,7 @@ class ServerGuard:
     """What `--middleware` names; the key comes by the environment."""
 
     def __init__(self, app: App) -> None:
-        self.app: App = ErrorShape(app)
+        self.app: App = Answers(app)
         key = os.environ.get("VLLM_API_KEY")
         if key:
             self.app = Guard(self.app, key, OPEN_PATHS)
@@ -33,8 +34,9 @@ class ServerGuard:
         await self.app(scope, receive, send)
 
 
-class ErrorShape:
-    """Rewrites the bodies of answers with an error status; 422 becomes 400. Everything else passes as it comes."""
+class Answers:
+    """Rewrites the bodies of answers with an error status (422 becomes 400), and where the list of models shows their
+    folders. Everything else passes as it comes."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -48,26 +50,33 @@ class ErrorShape:
 
         async def rewrite(message: Message) -> None:
             nonlocal held, body
-            if message["type"] == "http.response.start" and message["status"] >= 400:
+            if message["type"] == "http.response.start" and (message["status"] >= 400 or scope["path"] == MODELS):
                 held = message
             elif held is None:
                 await send(message)
             else:
                 body += message.get("body", b"")
                 if not message.get("more_body", False):
-                    for part in _rewritten(held, body):
-                        await send(part)
+                    await send(_start(held, data := _rewritten(held["status"], body)))
+                    await send({"type": "http.response.body", "body": data})
 
         await self.app(scope, receive, rewrite)
 
 
-def _rewritten(start: Message, body: bytes) -> list[Message]:
-    status = 400 if start["status"] == 422 else int(start["status"])
-    data = json.dumps(_error(status, body).body()).encode()
+def _start(message: Message, body: bytes) -> Message:
     replaced = (b"content-length", b"content-type")
-    headers = [header for header in start["headers"] if header[0].lower() not in replaced]
-    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-    return [{**start, "status": status, "headers": headers}, {"type": "http.response.body", "body": data}]
+    headers = [header for header in message["headers"] if header[0].lower() not in replaced]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    return {**message, "status": 400 if message["status"] == 422 else message["status"], "headers": headers}
+
+
+def _rewritten(status: int, body: bytes) -> bytes:
+    if status >= 400:
+        return json.dumps(_error(400 if status == 422 else status, body).body()).encode()
+    cards = json.loads(body)
+    for card in cards["data"]:
+        card["root"] = card["id"]
+    return json.dumps(cards).encode()
 
 
 def _error(status: int, body: bytes) -> ApiError:

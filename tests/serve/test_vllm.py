@@ -107,6 +107,13 @@ def test_errors_have_the_shape_of_ours(server: Server, change: dict[str, Any], s
         refused(client.get(CHAT), 405)
 
 
+def test_the_models_are_listed_without_their_folders(server: Server, folders: tuple[Path, Path]) -> None:
+    with server.client() as client:
+        response = client.get("/v1/models")
+    assert [card["id"] for card in response.json()["data"]] == ["tiny", "cats"]
+    assert str(folders[0].parent) not in response.text
+
+
 def test_images_of_other_places_are_refused_unseen(server: Server) -> None:
     seen: list[str] = []
 

@@ -80,6 +80,7 @@ def test_the_server_gets_safe_defaults_and_our_guard(
         "--served-model-name n",
         "--dtype float32",
         "--allowed-media-domains none.invalid",
+        '--mm-processor-kwargs {"backend": "pil"}',
         f"--enable-lora --max-lora-rank 32 --lora-modules cats={adapter}",
         "--max-model-len 512 --seed 3 --middleware serve.vllm_plugin.guard.ServerGuard",
     ):
@@ -189,8 +190,12 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> TestClient:
                 return StreamingResponse(parts(), 401)
         return JSONResponse({"kind": "good"})
 
+    async def models(_: Any) -> Any:
+        return JSONResponse({"object": "list", "data": [{"id": "tiny", "root": "/home/me/secret", "parent": None}]})
+
     monkeypatch.setenv("VLLM_API_KEY", "sesame")
-    routes = [Route("/health", lambda _: PlainTextResponse("sick", 503)), Route("/{kind}", answer)]
+    routes = [Route("/health", lambda _: PlainTextResponse("sick", 503))]
+    routes += [Route("/v1/models", models), Route("/{kind}", answer)]
     return TestClient(ServerGuard(Starlette(routes=routes)), headers={"Authorization": "Bearer sesame"})
 
 
@@ -208,6 +213,7 @@ def test_errors_of_the_server_get_our_shape(guarded: TestClient) -> None:
     assert refused(guarded.get("/parts"), 401)["message"] == "Unauthorized"
     assert refused(guarded.get("/a/b"), 404)["code"] == "not_found"
     assert guarded.get("/good").json() == {"kind": "good"}
+    assert guarded.get("/v1/models").json()["data"] == [{"id": "tiny", "root": "tiny", "parent": None}]
 
 
 def test_only_health_is_open(guarded: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

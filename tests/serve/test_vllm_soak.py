@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.test_vllm import IN_CI, assert_kind_is_served
-from tests.serve.vllm_models import KINDS
-from tests.serve.vllm_server import FLAGS
+from tests.serve.test_vllm import IN_CI, assert_images_matter, assert_kind_is_served
+from tests.serve.vllm_models import KINDS, Oracle, assert_same_tokens, build, cases
+from tests.serve.vllm_server import FLAGS, serving
+from vlm import load
+from vlm.cli import main
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in IN_CI])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*IN_CI, "mlp", "llava", "llava next")])
 def test_a_kind_says_the_same_as_our_own(kind: str, tmp_path: Path) -> None:
     assert_kind_is_served(kind, tmp_path)
 
@@ -19,6 +21,16 @@ def test_a_kind_says_the_same_as_our_own(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", IN_CI)
 def test_two_ranks_say_the_same_as_our_own(kind: str, tmp_path: Path) -> None:
     assert_kind_is_served(kind, tmp_path, (*FLAGS, "--tensor-parallel-size", "2"), cores="0|1")
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava next"])
+def test_vllms_own_class_says_the_same_of_an_export(kind: str, tmp_path: Path) -> None:
+    build(tmp_path / "model", kind)
+    oracle, asked = Oracle(*load(tmp_path / "model")), cases()
+    assert_images_matter(oracle)
+    assert main(["export", str(tmp_path / "model"), "--to", "llava-hf", "--out", str(tmp_path / "exported")]) == 0
+    with serving(tmp_path / "exported", tmp_path) as server:
+        assert_same_tokens(oracle, asked, server.ask(asked))
 
 
 def test_a_compiled_model_says_the_same_as_our_own(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "connector": {"pool": 3, "pooling": "average", "depth": 1},
         "text_config": {"model_type": "gpt_neox"},
     },
+    "llava": {},
+    "llava next": {"tiling": {"mode": "anyres"}},
     "class token": {"vision_feature_select": "cls_patch", "text_config": {"model_type": "phi3"}},
 }
 
