@@ -179,7 +179,7 @@ def check_cacheable(text_config: Any) -> None:
     default = ["sliding_attention" if sliding else "full_attention"]
     kinds = set(getattr(text_config, "layer_types", None) or default) - {"full_attention"}
     longest = context_length(text_config)
-    if kinds == {"sliding_attention"} and None not in (window, longest) and window >= longest:
+    if kinds == {"sliding_attention"} and window is not None and longest is not None and window >= longest:
         return  # a window as long as the context never slides
     if kinds:
         raise UserError(

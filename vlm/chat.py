@@ -5,6 +5,7 @@ texts; what lies between the marks is the template's own and may hold control to
 literal `<image>` or `<|end|>` in a text stays text. The result is checked against the template's real rendering.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,11 @@ class ChatEncoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(f"{type(tokenizer).__name__} has no fast tokenizer; use a model with a tokenizer.json")
-        # a private copy that reads control tokens in ordinary text as text: the shared one switches per call
-        self._plain = Tokenizer.from_str(backend.to_str())
-        self._plain.encode_special_tokens = True
-        self._plain.no_padding()
-        self._plain.no_truncation()
+        # private copies: the shared one switches per call
+        described = json.loads(backend.to_str())
+        self._plain = _private(described)
+        # what follows a control token is no beginning: some tokenizers put a space before the first word of all alone
+        self._inner = _private({**described, "pre_tokenizer": _never_first(described["pre_tokenizer"])})
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         self._control = dict(sorted(added.items(), key=lambda item: -len(item[0])))
         self.image_token, self.image_token_id = image_token, added.get(image_token)
@@ -79,8 +80,9 @@ class ChatEncoder:
         segments = [Segment(scaffolds[0])]
         position = len(scaffolds[0])
         for text, owner, scaffold in zip(texts, owners, scaffolds[1:], strict=True):
-            # many templates strip what people wrote
-            forms = (form for form in (text, text.strip()) if rendered.startswith(form + scaffold, position))
+            # many templates strip what people wrote, or an end of it
+            stripped = (text, text.strip(), text.lstrip(), text.rstrip())
+            forms = (form for form in stripped if rendered.startswith(form + scaffold, position))
             said = next(forms, None)
             if said is None:
                 raise UserError(
@@ -111,7 +113,7 @@ class ChatEncoder:
                     supervised.append(answering)
                 answering = False
                 continue
-            encoding = self._encode("".join(segment.text for segment in piece))
+            encoding = self._encode("".join(segment.text for segment in piece), inner=bool(ids))
             ends: list[tuple[int, bool]] = []
             length = 0
             for segment in piece:
@@ -131,9 +133,9 @@ class ChatEncoder:
         ids: list[int] = self._encode(text).ids
         return ids
 
-    def _encode(self, text: str) -> Any:
+    def _encode(self, text: str, inner: bool = False) -> Any:
         try:
-            return self._plain.encode(text, add_special_tokens=False)
+            return (self._inner if inner else self._plain).encode(text, add_special_tokens=False)
         except TypeError:
             raise UserError("a text holds half of a surrogate pair, which is no character") from None
 
@@ -171,6 +173,24 @@ class ChatEncoder:
             raise UserError(f"the chat template refuses these messages: {error}") from error
         assert isinstance(rendered, str)
         return rendered
+
+
+def _private(described: dict[str, Any]) -> Tokenizer:
+    """A tokenizer that reads control tokens in ordinary text as text."""
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _never_first(step: Any) -> Any:
+    """A pre-tokenizer without the space that it puts before a text's first word, and no other."""
+    if isinstance(step, dict) and step.get("prepend_scheme") == "first":
+        return {**step, "prepend_scheme": "never"}
+    if isinstance(step, dict) and "pretokenizers" in step:
+        return {**step, "pretokenizers": [_never_first(part) for part in step["pretokenizers"]]}
+    return step
 
 
 def _texts(message: Message) -> list[str]:

@@ -338,7 +338,7 @@ def test_a_template_of_ones_own_is_taken(copied: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{% endfor %}"
     (tmp_path / "mine.jinja").write_text(template)
     imported = take(copied, tmp_path / "imported", chat_template=tmp_path / "mine.jinja")
-    assert load(imported)[1].chat_template == template
+    assert load(imported)[1].chat_template.endswith(template)
     with pytest.raises(UserError, match=r"none.jinja: cannot be read"):
         take(copied, tmp_path / "other", chat_template=tmp_path / "none.jinja")
 

@@ -24,10 +24,11 @@ from vlm.convert.parts import (
     read_tokenizer_of,
     read_tower,
 )
-from vlm.convert.sources import read_chat_template, with_beginning
+from vlm.convert.sources import read_chat_template
 from vlm.convert.tensors import InMemory, Joined, PickledTensors, Renamed, Tensors
 from vlm.errors import UserError
 from vlm.fusion import gated_layer_indices
+from vlm.templates import fit_template
 from vlm.tokenization import IMAGE_TOKEN
 
 END_OF_CHUNK = "<|endofchunk|>"
@@ -106,7 +107,7 @@ def read_flamingo(path: Path, base: str | None, vision_tower: str | None, chat_t
         Renamed(joined, used),
         tokenizer,
         IMAGE_TOKEN,
-        with_beginning(template, tokenizer),
+        fit_template(template, tokenizer, IMAGE_TOKEN),
         image_processor(read_image_settings(tower.folder), str(tower.folder)),
         generation,
         notes,

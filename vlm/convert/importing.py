@@ -8,10 +8,11 @@ from vlm.convert import flamingo, llava, original
 from vlm.convert.images import image_processor, read_image_settings
 from vlm.convert.imported import NO_TEMPLATE, Imported, check_vocabulary, write_imported
 from vlm.convert.keys import dropped, from_llava, match, skeleton
-from vlm.convert.sources import check_target, read_chat_template, read_settings, read_tokenizer, with_beginning
+from vlm.convert.sources import check_target, read_chat_template, read_settings, read_tokenizer
 from vlm.convert.tensors import Progress, Renamed, SafetensorsFiles, weight_files
 from vlm.errors import UserError
 from vlm.hub import PICKLES, SETTINGS, WEIGHTS, fetch
+from vlm.templates import fit_template
 
 
 def import_model(
@@ -82,7 +83,7 @@ def read_llava(folder: Path, written: dict[str, Any], chat_template: Path | None
         Renamed(files, used),
         tokenizer,
         token,
-        with_beginning(template, tokenizer),
+        fit_template(template, tokenizer, token),
         image_processor(images, where),
         read_settings(generation) if generation.is_file() else None,
         notes,

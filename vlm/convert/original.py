@@ -26,9 +26,10 @@ from vlm.convert.parts import (
     read_tokenizer_of,
     read_tower,
 )
-from vlm.convert.sources import read_chat_template, with_beginning
+from vlm.convert.sources import read_chat_template
 from vlm.convert.tensors import Joined, PickledTensors, Renamed, Tensors
 from vlm.errors import UserError
+from vlm.templates import fit_template
 from vlm.tokenization import IMAGE_TOKEN
 
 # model_type of their config.json -> the language model's
@@ -109,7 +110,7 @@ def read_original(
         Renamed(joined, used),
         tokenizer,
         IMAGE_TOKEN,
-        with_beginning(template, tokenizer),
+        fit_template(template, tokenizer, IMAGE_TOKEN),
         image_processor(images, str(tower.folder)),
         read_generation(folder) or read_generation(text.folder),
         notes,

@@ -50,23 +50,6 @@ def read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase, given: 
     return own if isinstance(own, str) else None
 
 
-def with_beginning(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template with the token at the beginning that the tokenizer would add on its own, if it lacks it.
-
-    Everything that renders prompts here, and vLLM, takes them as the template writes them.
-    """
-    begin = tokenizer.bos_token
-    if begin is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
-        return template
-    chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    try:
-        rendered = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
-    except Exception as error:  # templates raise whatever they like
-        raise UserError(f"the chat template can't be rendered ({first_line(error)})") from error
-    assert isinstance(rendered, str)
-    return template if rendered.startswith(begin) else "{{- bos_token -}}" + template
-
-
 def check_target(out: Path) -> None:
     """UserError when something lies there already: it would be replaced as a whole."""
     if out.is_dir() and any(out.iterdir()):

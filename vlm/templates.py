@@ -1,0 +1,71 @@
+"""Chat templates of other people's tokenizers, made to take the messages that are sent here: text and images in parts.
+
+What is added is Jinja in front of the template, so that transformers, vLLM and everything here render the same prompt.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from vlm.errors import UserError
+
+MARK = "\ue000"
+OPEN = (
+    "{%- set chat = namespace(messages=[], said=[]) -%}"
+    "{%- for message in messages -%}{%- if message.content is string -%}"
+)
+CLOSE = "{%- endif -%}{%- endfor -%}{%- set messages = chat.messages -%}"
+KEEP = "{%- set chat.messages = chat.messages + [message] -%}"
+TEXT_TO_PARTS = (
+    "{%- set chat.messages = chat.messages + "
+    "[dict(message, content=[{'type': 'text', 'text': message.content}])] -%}{%- else -%}" + KEEP
+)
+# as vLLM flattens parts for templates that take text alone: images first, a line each
+PARTS_TO_TEXT = (
+    KEEP + "{%- else -%}{%- set chat.said = [] -%}"
+    "{%- for part in message.content if part.type == 'image' -%}"
+    "{%- set chat.said = chat.said + ['IMAGE'] -%}{%- endfor -%}"
+    "{%- for part in message.content if part.type == 'text' -%}"
+    "{%- set chat.said = chat.said + [part.text] -%}{%- endfor -%}"
+    "{%- set chat.messages = chat.messages + [dict(message, content=chat.said | join('\n'))] -%}"
+)
+
+
+def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+    """The template, able to take messages of text alone and messages of parts, and beginning as the tokenizer would.
+
+    A template that knows one kind of message gets the other kind turned into it; one that leaves out the token that the
+    tokenizer puts at the beginning gets it. UserError when it renders neither kind.
+    """
+    text, parts = (_rendered(template, tokenizer, content) for content in (MARK, [{"type": "text", "text": MARK}]))
+    if text is None and parts is None:
+        raise UserError("the chat template can't render a message of a user; give another one")
+    if text is None:
+        template = OPEN + TEXT_TO_PARTS + CLOSE + template
+    elif parts is None:
+        template = OPEN + PARTS_TO_TEXT.replace("IMAGE", image_token) + CLOSE + template
+    begin = tokenizer.bos_token
+    said = str(parts or text)
+    adds = begin is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    if not adds or said.startswith(begin):
+        return template
+    # some tokenizers put a space before the first word, but not behind a token that stands in the text
+    wanted = tokenizer(said).input_ids
+    for space in ("", " "):
+        made = tokenizer(begin + space + said, add_special_tokens=False).input_ids
+        if made == wanted[: len(made)]:  # an end may be added, too
+            return f"{{{{- bos_token + '{space}' -}}}}" + template
+    raise UserError(
+        f"the tokenizer begins a chat in a way that {begin} before the chat template doesn't; give another one"
+    )
+
+
+def _rendered(template: str, tokenizer: PreTrainedTokenizerBase, content: Any) -> str | None:
+    """None where the text doesn't come out, or comes out as Python would print the parts."""
+    chat = [{"role": "user", "content": content}]
+    try:
+        said = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    except Exception:  # templates raise whatever they like: this kind of message isn't theirs
+        return None
+    assert isinstance(said, str)
+    return said if MARK in said and "'type'" not in said else None
