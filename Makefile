@@ -31,5 +31,5 @@ $(BIN)/pip:
 	touch $@
 
 .venv/.installed-dev: $(PACKAGING) | $(BIN)/pip
-	$(BIN)/pip install -c constraints.txt -e '.[train,serve,dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[train,serve,quant,dev]'
 	touch $@ .venv/.installed-demo

@@ -32,8 +32,9 @@ from vlm.hub import PICKLES, SETTINGS, fetch
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor, make_processor
 from vlm.settings import plain
+from vlm.templates import PLAIN, fit_template
 from vlm.tiling import ImageTokens
-from vlm.tokenization import CHAT_TEMPLATE, IMAGE_TOKEN, train_tokenizer
+from vlm.tokenization import IMAGE_TOKEN, add_image_token, fill_padding_token, train_tokenizer
 
 TOKENIZER_ROWS = 5000  # rows that a new tokenizer is made from, spread evenly over the data
 
@@ -49,9 +50,9 @@ def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
         pretrained = recipe.model.language.pretrained
         if pretrained is not None:
             tokenizer = AutoTokenizer.from_pretrained(fetch(pretrained, *SETTINGS))
-            if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-                tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-            tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+            add_image_token(tokenizer)
+            fill_padding_token(tokenizer)
+            tokenizer.chat_template = fit_template(tokenizer.chat_template or PLAIN, tokenizer, IMAGE_TOKEN)
         else:
             context = (recipe.model.language.config or {}).get("max_position_embeddings", 2048)
             tokenizer = train_tokenizer(_texts(recipe), recipe.model.tokenizer_vocab, context)

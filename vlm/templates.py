@@ -9,6 +9,19 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm.errors import UserError
 
+# For tokenizers that bring no template: chats as LLaVA 1.5 was trained on them (its conv_vicuna_v1), images first,
+# without the fixed system text.
+PLAIN = (
+    "{%- for message in messages -%}"
+    "{%- if message.role != 'system' -%}{{- message.role.upper() + ': ' -}}{%- endif -%}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+    "{%- for part in message.content if part.type == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}"
+    "{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- eos_token if message.role == 'assistant' else ' ' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
+)
 MARK = "\ue000"
 OPEN = (
     "{%- set chat = namespace(messages=[], said=[]) -%}"

@@ -47,3 +47,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreT
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of the image token, added where the tokenizer has none."""
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
+    number = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    assert isinstance(number, int)
+    return number
+
+
+def fill_padding_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Something to pad with, where the tokenizer has nothing: what is padded is never read."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

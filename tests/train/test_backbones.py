@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
     BitImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipConfig,
@@ -96,6 +98,44 @@ def test_saved_parts_are_put_together_and_learn(
     ids = torch.tensor([processor.chat.encode([message], each, add_generation_prompt=True).input_ids])
     out = trained.generate(ids, **processor.pixels(pictures), max_new_tokens=3, min_new_tokens=3)
     assert out.shape[1] == ids.shape[1] + 3
+
+
+TEXT_ONLY = (
+    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, TEXT_ONLY], ids=["no template", "a template of text alone"])
+def test_a_tokenizer_that_knows_no_images_learns_to_show_them_and_to_end(
+    scenes: Path, saved: Path, tmp_path: Path, template: str | None
+) -> None:
+    folder = tmp_path / "lm"
+    folder.mkdir()
+    for path in (saved / "qwen3").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(["what colour is it?"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    settings = composed(scenes, saved, "early", language={"pretrained": str(folder)})
+    run = run_training(load_recipe(write_recipe(tmp_path / "r.yaml", settings)), tmp_path / "run")
+    _, processor = load(run.model)
+    image, end, pad = processor.image_token_id, processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    assert None not in (image, end, pad)
+    parts = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
+    tokens = processor.chat.encode(chat, [16])
+    assert tokens.input_ids.count(image) == 16
+    learned = [token for token, said in zip(tokens.input_ids, tokens.supervised, strict=True) if said]
+    assert processor.tokenizer.decode(learned[:-1]).strip() == "red"
+    assert learned[-1] == end
+    asked = processor.chat.encode(chat[:1], [16], add_generation_prompt=True).input_ids
+    assert tokens.input_ids[: len(asked)] == asked
 
 
 def test_an_untied_language_model_without_its_head_is_refused(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from tests.conftest import build_tiny_model
+from tests.vlm.chats import user
 from tests.vlm.test_convert_llava import give, held, ours, theirs
 from vlm import UserError, VisionLanguageModel, load
 from vlm.convert.merge import dequantise
@@ -20,10 +21,10 @@ from vlm.convert.merge import dequantise
 TARGETS = r"language_model\..*\.(q_proj|down_proj)|multi_modal_projector\.layers\.0"
 
 
-def train_lora(base: Path, folder: Path, model: Any = None) -> Path:
+def train_lora(base: Path, folder: Path, model: Any = None, **settings: Any) -> Path:
     """An adapter over a base whose weights aren't zero."""
     torch.manual_seed(0)
-    lora = get_peft_model(model or load(base)[0], LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS))
+    lora = get_peft_model(model or load(base)[0], LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, **settings))
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -76,6 +77,22 @@ def test_merging_rounds_once(tiny_models: Callable[[str, str], Path], tmp_path: 
     expected = by_hand(held(base), adapter)
     wrong = {name: int((held(exported)[name] != expected[name]).sum()) for name in expected}
     assert sum(wrong.values()) <= 2, wrong  # float32 and float64 may fall on either side of a tie
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"rank_pattern": {"q_proj": 5}}], ids=str)
+def test_other_adapters_leave_merged_too(
+    tiny_models: Callable[[str, str], Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    base = tiny_models("early", "mlp")
+    adapter = train_lora(base, tmp_path / "adapter", **settings)
+    exported = give(adapter, tmp_path / "out", to="vlm")
+    model, processor = load(base)
+    apart = PeftModel.from_pretrained(model, str(adapter)).eval()
+    ids = processor.chat.encode(user("what is this?")).input_ids
+    with torch.no_grad():
+        expected = apart(input_ids=torch.tensor([ids])).logits
+        got = load(exported)[0](input_ids=torch.tensor([ids])).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def respell(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:

@@ -18,7 +18,6 @@ from vlm.convert.llava import build_config
 from vlm.convert.parts import (
     Cut,
     Part,
-    add_image_token,
     read_generation,
     read_language_model,
     read_tokenizer_of,
@@ -29,7 +28,7 @@ from vlm.convert.tensors import InMemory, Joined, PickledTensors, Renamed, Tenso
 from vlm.errors import UserError
 from vlm.fusion import gated_layer_indices
 from vlm.templates import fit_template
-from vlm.tokenization import IMAGE_TOKEN
+from vlm.tokenization import IMAGE_TOKEN, add_image_token
 
 END_OF_CHUNK = "<|endofchunk|>"
 HEAD_DIM = 64  # of both kinds of attention; no file says it

@@ -11,6 +11,7 @@ from vlm.checkpoint import ADAPTER_CONFIG, attach_adapter, check_source, fold, l
 from vlm.configuration import VisionLanguageConfig, context_length
 from vlm.convert.keys import file_tensors
 from vlm.convert.parity import Probe, logits, make_probe, release
+from vlm.convert.parts import WithLora, read_lora, unusual
 from vlm.convert.tensors import InMemory, SafetensorsFiles, Tensors, weight_files
 from vlm.errors import UserError, first_line
 from vlm.hub import fetch
@@ -64,8 +65,8 @@ def open_source(name: str) -> Source:
 
 
 def read_source(source: Source) -> tuple[Reading, Tensors]:
-    """Asks the model, and hands on its tensors, merged, under the names they have in files. A plain model is out of
-    memory again by then.
+    """Asks the model, and hands on its tensors, merged, under the names they have in files. The model is out of memory
+    again by then, if it can be: neither quantised, nor an adapter of an unusual kind.
 
     The logits are those of the adapter beside its base, quantised or not, as it was trained: so merging is checked.
     """
@@ -78,13 +79,27 @@ def read_source(source: Source) -> tuple[Reading, Tensors]:
         del model, attached
         release()
         model = _in_full_precision(source)
-    elif source.adapter is None:
+    elif (streamed := _streamed(source)) is not None:
         del model, attached
         release()
-        return Reading(processor, probe, expected), SafetensorsFiles(weight_files(source.folder))
+        return Reading(processor, probe, expected), streamed
     else:
         model = fold(attached)
     return Reading(processor, probe, expected), InMemory(file_tensors(model))
+
+
+def _streamed(source: Source) -> Tensors | None:
+    """The tensors as they lie in files, LoRA added when they are read. None where that needs the whole model."""
+    files = SafetensorsFiles(weight_files(source.folder))
+    if source.adapter is None:
+        return files
+    if unusual(source.adapter) is not None:
+        return None
+    lora, scaling = read_lora(source.adapter, lambda name: name.removeprefix("base_model.model."))
+    targets = {f"{name.rpartition('.lora_')[0]}.weight" for name in lora.shapes}
+    if not targets <= set(files.shapes):  # transformers keeps these layers under other names than their files
+        return None
+    return WithLora(files, lora, scaling, str(source.adapter))
 
 
 def _in_full_precision(source: Source) -> VisionLanguageModel:

@@ -16,9 +16,7 @@ from vlm.convert.parts import (
     Grown,
     Part,
     WithLora,
-    add_image_token,
     any_weights,
-    fill_padding_token,
     make_config,
     read_generation,
     read_language_model,
@@ -29,26 +27,13 @@ from vlm.convert.parts import (
 from vlm.convert.sources import read_chat_template
 from vlm.convert.tensors import Joined, PickledTensors, Renamed, Tensors
 from vlm.errors import UserError
-from vlm.templates import fit_template
-from vlm.tokenization import IMAGE_TOKEN
+from vlm.templates import PLAIN, fit_template
+from vlm.tokenization import IMAGE_TOKEN, add_image_token, fill_padding_token
 
 # model_type of their config.json -> the language model's
 LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 TOP_LEVEL_ONLY = re.compile(r"(mm|tune|freeze|unfreeze|image|tokenizer|use_mm)_|(architectures|auto_map|torch_dtype)$")
 PROJECTOR = "mm_projector"
-
-# llama's chats as LLaVA 1.5 was trained on them (its conv_vicuna_v1), images first, without the fixed system text
-VICUNA = (
-    "{%- for message in messages -%}"
-    "{%- if message.role != 'system' -%}{{- message.role.upper() + ': ' -}}{%- endif -%}"
-    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
-    "{%- for part in message.content if part.type == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}"
-    "{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}"
-    "{%- endif -%}"
-    "{{- eos_token if message.role == 'assistant' else ' ' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
-)
 
 
 def is_original(written: Mapping[str, Any]) -> bool:
@@ -95,7 +80,7 @@ def read_original(
     if template is None:
         if text_config.model_type != "llama":
             raise UserError(NO_TEMPLATE.format(folder=folder))
-        template = VICUNA
+        template = PLAIN
         notes.append(
             "no chat template in it: Vicuna's is used, as LLaVA 1.5 was trained with it (--chat-template FILE)"
         )

@@ -1,13 +1,13 @@
 """Models that come in parts: a vision tower, a language model and what joins them, each in files of its own."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AddedToken, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vlm.convert.sources import read_settings, read_tokenizer
 from vlm.convert.tensors import (
@@ -23,8 +23,9 @@ from vlm.convert.tensors import (
 )
 from vlm.errors import UserError, first_line
 from vlm.hub import PICKLES, SETTINGS, WEIGHTS, fetch
-from vlm.tokenization import IMAGE_TOKEN
 
+# settings of peft that make more of a LoRA than two factors for each layer
+UNUSUAL = "use_dora rank_pattern alpha_pattern modules_to_save fan_in_fan_out bias lora_bias layer_replication".split()
 PICKLED = "pytorch_model.bin"
 # what a CLIP or SigLIP holds beside its vision tower
 TEXT_SIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
@@ -85,20 +86,6 @@ def any_weights(folder: Path) -> Tensors:
     if (folder / PICKLED).is_file():
         return PickledTensors(folder / PICKLED)
     raise UserError(f"{folder}: no weights in it (model.safetensors or {PICKLED})")
-
-
-def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of the image token, added where the tokenizer has none."""
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
-    number = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    assert isinstance(number, int)
-    return number
-
-
-def fill_padding_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
 class Grown:
@@ -167,19 +154,20 @@ class WithLora:
         return (tensor.float() + self._scaling * up @ down).to(tensor.dtype)
 
 
-def read_lora(folder: Path, name_of: Any) -> tuple[Tensors, float]:
-    """A peft folder's tensors under our names, and what they are multiplied by. UserError for other kinds than LoRA."""
-    settings = read_settings(folder / "adapter_config.json")
-    odd = [
-        key
-        for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
-        if settings.get(key)
-    ]
-    if settings.get("peft_type") != "LORA" or odd:
-        raise UserError(
-            f"{folder}: an adapter of another kind than plain LoRA ({odd[0] if odd else settings.get('peft_type')})"
-        )
-    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+def unusual(adapter: Path) -> str | None:
+    """What makes an adapter another thing than LoRA with one rank and scaling for all layers; None for that."""
+    settings = read_settings(adapter / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        return str(settings.get("peft_type"))
+    return next((name for name in UNUSUAL if settings.get(name) not in (None, False, "none", {}, [])), None)
+
+
+def read_lora(adapter: Path, name_of: Callable[[str], str]) -> tuple[Tensors, float]:
+    """The tensors of a peft folder under the names that `name_of` gives them, and what they are multiplied by."""
+    if (what := unusual(adapter)) is not None:
+        raise UserError(f"{adapter}: an adapter of another kind than plain LoRA ({what})")
+    settings = read_settings(adapter / "adapter_config.json")
+    safe, pickled = adapter / "adapter_model.safetensors", adapter / "adapter_model.bin"
     held: Tensors = SafetensorsFiles([safe]) if safe.is_file() else PickledTensors(pickled)
     rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
     scaling = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
