@@ -18,6 +18,7 @@ from transformers.image_utils import PILImageResampling
 
 from vlm.settings import Count
 
+LONGEST_EDGE = 50_000  # of an image that is scaled as it is
 Size = tuple[int, int]  # (height, width), as everywhere in transformers; original LLaVA files have (width, height)
 
 
@@ -85,10 +86,12 @@ class ImageTokens:
         """RGB image -> its views, all view_size x view_size but where the image is the only one."""
         if self.mode == "none":
             return [image]
-        pixels = np.asarray(image).transpose(2, 0, 1)
+        rows, columns = self.grid(image.height, image.width)
+        # scaling takes memory by the longer edge, gigabytes where it has millions of pixels
+        image = image.reduce((-(-image.width // LONGEST_EDGE), -(-image.height // LONGEST_EDGE)))
         views = LlavaNextImageProcessorPil().get_image_patches(
-            pixels,
-            [list(pinpoint) for pinpoint in self.pinpoints],
+            np.asarray(image).transpose(2, 0, 1),
+            [[rows * self.view_size, columns * self.view_size]],
             size=(self.view_size, self.view_size),
             patch_size=self.view_size,
             resample=PILImageResampling.BICUBIC,

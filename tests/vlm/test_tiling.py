@@ -183,6 +183,17 @@ def test_a_tile_shows_its_part_of_the_picture(loaded_models: LoadedModels) -> No
     assert [view.getextrema()[0] for view in views[1:]] == [(0, 0), (80, 80), (160, 160), (240, 240)]
 
 
+def test_a_picture_of_a_million_columns_is_cut_as_its_size_says() -> None:
+    row = np.arange(1_000_000, dtype=np.float32) / 4000
+    ramp = Image.fromarray(np.repeat(row[None, :, None], 3, axis=2).astype(np.uint8))
+    tokens = counter()
+    views = tokens.cut(ramp)
+    assert len(views) == tokens.views(ramp.height, ramp.width) == 3
+    assert [view.size for view in views] == [(32, 32)] * 3
+    middle = np.concatenate([np.asarray(view)[15:17, :, 0].max(0) for view in views[1:]])
+    np.testing.assert_allclose(middle, np.linspace(0, 250, 64), atol=4)
+
+
 def test_a_pooled_grid_is_put_together_from_its_squares(loaded_models: LoadedModels) -> None:
     model, processor = build(loaded_models, connector="mlp")
     shared = model.config.to_diff_dict()
