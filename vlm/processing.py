@@ -14,7 +14,7 @@ from vlm.chat import ChatEncoder
 from vlm.configuration import VisionLanguageConfig
 from vlm.encoders import make_image_processor, restore_image_processor
 from vlm.settings import parse, plain
-from vlm.tiling import ImageTokens
+from vlm.tiling import ImageTokens, shorten
 from vlm.tokenization import IMAGE_TOKEN
 
 MAX_ASPECT = 50
@@ -131,6 +131,8 @@ def _preprocess(views: Sequence[Image.Image], processor: Any) -> torch.Tensor:
     """[V, 3, H, W]"""
     if getattr(processor.size, "shortest_edge", None) and getattr(processor, "do_center_crop", False):
         views = [_middle(view) for view in views]
+    else:
+        views = [shorten(view) for view in views]
     pixel_values = processor(list(views), return_tensors="np")["pixel_values"]
     return torch.from_numpy(np.asarray(pixel_values, dtype=np.float32))
 

@@ -18,7 +18,7 @@ from transformers.image_utils import PILImageResampling
 
 from vlm.settings import Count
 
-LONGEST_EDGE = 50_000  # of an image that is scaled as it is
+LONGEST_EDGE = 50_000
 Size = tuple[int, int]  # (height, width), as everywhere in transformers; original LLaVA files have (width, height)
 
 
@@ -87,10 +87,8 @@ class ImageTokens:
         if self.mode == "none":
             return [image]
         rows, columns = self.grid(image.height, image.width)
-        # scaling takes memory by the longer edge, gigabytes where it has millions of pixels
-        image = image.reduce((-(-image.width // LONGEST_EDGE), -(-image.height // LONGEST_EDGE)))
         views = LlavaNextImageProcessorPil().get_image_patches(
-            np.asarray(image).transpose(2, 0, 1),
+            np.asarray(shorten(image)).transpose(2, 0, 1),
             [[rows * self.view_size, columns * self.view_size]],
             size=(self.view_size, self.view_size),
             patch_size=self.view_size,
@@ -127,6 +125,12 @@ class ImageTokens:
         grid = grid[top : grid.shape[0] - top, left : grid.shape[1] - left]
         ends = newline.to(grid.dtype).expand(grid.shape[0], 1, -1)
         return torch.cat([views[0], torch.cat([grid, ends], dim=1).flatten(0, 1)])
+
+
+def shorten(image: Image.Image) -> Image.Image:
+    """An image whose edges can be scaled at no great cost: that takes memory by the longer one, gigabytes where it has
+    millions of pixels."""
+    return image.reduce((-(-image.width // LONGEST_EDGE), -(-image.height // LONGEST_EDGE)))
 
 
 def default_pinpoints(view_size: int) -> tuple[Size, ...]:

@@ -1,5 +1,7 @@
 """Encoders: their own patches, their own preprocessing, and two of them side by side."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,31 @@ def test_pictures_are_prepared_as_the_encoder_was_trained(encoder: str) -> None:
     assert not np.array_equal(brighter([photo], return_tensors="np")["pixel_values"], expected)
     with pytest.raises(ValueError, match="'image_mea' is unknown; did you mean 'image_mean'"):
         make_image_processor(config, {"image_mea": 0})
+
+
+IN_A_ROW = """
+import resource, sys
+from PIL import Image
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from vlm import VisionLanguageConfig
+from vlm.processing import make_processor
+
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template="x")
+image = Image.new("RGB", (50_000_000, 1), (250, 10, 10))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for vision in eval(sys.argv[1]):
+    pixels = make_processor(VisionLanguageConfig(vision_config=vision), tokenizer).pixels([image])["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32) and pixels[0, 0].min() > pixels[0, 1].max()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_picture_of_fifty_megapixels_in_a_row_is_prepared_in_little_memory() -> None:
+    settings = [{"model_type": encoder, **ENCODERS[encoder][0]} for encoder in OWN]
+    command = [sys.executable, "-c", IN_A_ROW, repr(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 600_000  # kilobytes; the picture itself has 200 MB
 
 
 @pytest.mark.parametrize(
