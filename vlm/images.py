@@ -53,6 +53,7 @@ def decode_size(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) 
     with _explained(name):
         image = _open(data, name, max_pixels)
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        turned &= image.format != "TIFF"  # of which Pillow gives the size as it will be
         return (image.width, image.height) if turned else (image.height, image.width)
 
 

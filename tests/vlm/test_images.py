@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vlm import UserError
-from vlm.images import MAX_PIXELS, decode_image, image_key, read_image
+from vlm.images import MAX_PIXELS, decode_image, decode_size, image_key, read_image, read_size
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -134,6 +134,32 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert seen.size == ((70, 50) if orientation < 5 else (50, 70))
 
 
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "BMP", "GIF"])
+def test_the_size_is_known_from_the_header_alone(kind: str, orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    settings = {} if kind in ("BMP", "GIF") else {"exif": exif}
+    data = encoded(Image.new("RGB", (70, 50), (9, 99, 199)), kind, **settings)
+    image = decode_image(data)
+    assert decode_size(data) == (image.height, image.width)
+    (tmp_path / "picture").write_bytes(data)
+    assert read_size(tmp_path / "picture") == (image.height, image.width)
+    assert image.size == ((50, 70) if orientation > 4 and settings else (70, 50))
+
+
+def test_an_orientation_behind_the_pixels_is_found() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (70, 50)), exif=exif)
+    start = data.index(b"eXIf") - 4
+    length = int.from_bytes(data[start : start + 4]) + 12
+    end = data.index(b"IEND") - 4
+    moved = data[:start] + data[start + length : end] + data[start : start + length] + data[end:]
+    assert decode_image(moved).size == (50, 70)
+    assert decode_size(moved) == (70, 50)
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
@@ -221,7 +247,7 @@ def bombs() -> dict[str, bytes]:
 
 BOMB_RUN = """
 import pathlib, resource, sys
-from vlm.images import decode_image
+from vlm.images import decode_image, decode_size, read_size
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 room = int(status["VmSize"].split()[0]) * 1024 + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (room, room))
