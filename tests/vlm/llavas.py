@@ -99,7 +99,7 @@ def make_llava(
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=0 if "siglip" in config.vision_config.model_type else 1,
         chat_template=tokenizer.chat_template,
     ).save_pretrained(folder)
     return folder

@@ -97,6 +97,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no bias, another activation": {"multimodal_projector_bias": False, "projector_hidden_act": "relu"},
     "a squeezed language model": {"text": {"model_type": "qwen3", "head_dim": 16}},
     "tiles": {"anyres": True},
+    "SigLIP": {
+        "vision": {"model_type": "siglip_vision_model"},
+        "vision_feature_select_strategy": "full",
+    },
+    "DINOv2": {"vision": {"model_type": "dinov2", "mlp_ratio": 2}},
     "another layer layout": {"text": {"model_type": "gpt_neox", "num_key_value_heads": None}},
 }
 

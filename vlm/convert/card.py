@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm import __version__
+from vlm.checkpoint import read_object
 from vlm.configuration import VisionLanguageConfig
 from vlm.settings import read_yaml
 
@@ -33,15 +34,17 @@ def model_card(
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-text-to-text", "---", "", f"# {name}", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
     run = find_run(adapter or origin)
+    told = [*(_training(run) if run is not None else ()), *_scores(adapter or origin, run)]
     if run is None:
-        return "\n".join([*lines, "Nothing is recorded here about how this model was trained.", ""])
-    return "\n".join([*lines, *_training(run), *_scores(run)])
+        lines += ["Nothing is recorded here about how this model was trained.", ""]
+    return "\n".join([*lines, *told])
 
 
 def find_run(folder: Path) -> Path | None:
-    """The run folder that holds a model or adapter."""
+    """The run folder whose result a model or adapter is."""
     here = folder.resolve()
-    return next((parent for parent in (here, *here.parents[:2]) if (parent / "recipe.yaml").is_file()), None)
+    belongs = here.name in ("model", "adapter") and (here.parent / "recipe.yaml").is_file()
+    return here.parent if belongs else None
 
 
 def _training(run: Path) -> Iterator[str]:
@@ -73,14 +76,25 @@ def _last_step(metrics: Path) -> dict[str, Any] | None:
     return last if isinstance(last, dict) and "step" in last and isinstance(last.get("loss"), float) else None
 
 
-def _scores(run: Path) -> Iterator[str]:
-    """Evaluations that lie in the run's folder."""
-    found = sorted(run.glob(f"*/{SCORES}"))
+def _scores(model: Path, run: Path | None) -> Iterator[str]:
+    """Evaluations of this model, by what they say themselves, in the folder of its run and beside it."""
+    near = [model.resolve().parent] if run is None else [run, run.parent]
+    found = [
+        (path, content)
+        for path in sorted({path for folder in near for path in folder.glob(f"*/{SCORES}")})
+        if _asked(content := read_object(path)) == model.resolve()
+    ]
     if not found:
         return
-    yield from ("## Scores", "", "| evaluation | task | n | metrics |", "|---|---|---|---|")
-    for path in found:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    yield from ("## Scores", "", "| evaluation | task | images | n | metrics |", "|---|---|---|---|---|")
+    for path, content in found:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in content.get("metrics", {}).items())
-        yield f"| {path.parent.name} | {content.get('task')} | {content.get('n')} | {metrics} |"
+        control = content["settings"].get("control", "none")
+        images = {"none": "shown", "blind": "withheld", "shuffled": "exchanged"}.get(control, control)
+        yield f"| {path.parent.name} | {content.get('task')} | {images} | {content.get('n')} | {metrics} |"
     yield ""
+
+
+def _asked(scores: dict[str, Any]) -> Path | None:
+    settings = scores.get("settings")
+    return Path(str(settings["model"])).resolve() if isinstance(settings, dict) and "model" in settings else None
