@@ -1,6 +1,7 @@
 """The model that is exported: a folder of ours or an adapter over one, also over a quantised one."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,11 @@ def _in_full_precision(source: Source) -> VisionLanguageModel:
 def dequantise(model: nn.Module) -> None:
     """Puts ordinary float32 layers in the place of bitsandbytes' 4-bit ones. UserError for other quantisations."""
     try:
-        import bitsandbytes
+        bitsandbytes: Any = import_module("bitsandbytes")
     except ImportError:
         raise UserError("a quantised model needs bitsandbytes: pip install 'vlm[quant]'") from None
-    found = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    kind = bitsandbytes.nn.Linear4bit
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     if not found:
         raise UserError("the base is quantised in another way than bitsandbytes' 4 bit, which can't be undone here")
     for name, module in found.items():
