@@ -31,5 +31,5 @@ $(BIN)/pip:
 	touch $@
 
 .venv/.installed-dev: $(PACKAGING) | $(BIN)/pip
-	$(BIN)/pip install -c constraints.txt -e '.[train,serve,quant,dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[train,serve,quant,sentencepiece,dev]'
 	touch $@ .venv/.installed-demo

@@ -93,16 +93,22 @@ def test_every_layout_gives_the_same_tensors_and_the_logits_of_transformers(
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"text": {"tie_word_embeddings": True}},
-    "all vectors, two layers": {"vision_feature_select_strategy": "full", "vision_feature_layer": [-1, 0]},
-    "no bias, another activation": {"multimodal_projector_bias": False, "projector_hidden_act": "relu"},
-    "a squeezed language model": {"text": {"model_type": "qwen3", "head_dim": 16}},
     "tiles": {"anyres": True},
-    "SigLIP": {
+    "all vectors of two layers, Qwen3": {
+        "text": {"model_type": "qwen3", "head_dim": 16},
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": [-1, 0],
+    },
+    "SigLIP, no bias, another activation": {
         "vision": {"model_type": "siglip_vision_model"},
         "vision_feature_select_strategy": "full",
+        "multimodal_projector_bias": False,
+        "projector_hidden_act": "relu",
     },
-    "DINOv2": {"vision": {"model_type": "dinov2", "mlp_ratio": 2}},
-    "another layer layout": {"text": {"model_type": "gpt_neox", "num_key_value_heads": None}},
+    "DINOv2, GPT-NeoX": {
+        "vision": {"model_type": "dinov2", "mlp_ratio": 2},
+        "text": {"model_type": "gpt_neox", "num_key_value_heads": None},
+    },
 }
 
 

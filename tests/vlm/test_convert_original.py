@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, LlavaImageProcessorPil
 
-from tests.vlm.chats import picture
+from tests.vlm.chats import picture, user
 from tests.vlm.llavas import PINPOINTS, SIZE, TEXT, VISION, edit, make_llava, write
 from tests.vlm.test_convert_llava import held, ours, take, theirs
 from vlm import UserError, load
@@ -238,6 +238,53 @@ def test_vicunas_template_is_taken_only_where_there_is_none_and_for_llama(folder
     edit(folder / "config.json", model_type="llava_mistral")
     with pytest.raises(UserError, match="give one with --chat-template FILE"):
         take(folder, tmp_path / "mistral")
+
+
+def use_sentencepiece(folder: Path, legacy: bool) -> Any:
+    """Puts a Llama's slow tokenizer into the folder; returns what reads it."""
+    import sentencepiece
+
+    texts = ["USER: what is this? ASSISTANT: a cat on a mat."] * 20
+    model = folder / "tokenizer.model"
+    with model.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            vocab_size=290,
+            model_type="bpe",
+            byte_fallback=True,
+            pad_id=-1,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    (folder / "tokenizer.json").unlink()
+    (folder / "chat_template.jinja").unlink()
+    write(
+        folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_slow_tokenizer_gives_the_tokens_of_llavas_own_code(folder: Path, tmp_path: Path, legacy: bool) -> None:
+    pytest.importorskip("sentencepiece")
+    slow = use_sentencepiece(folder, legacy)
+    _, processor = load(take(folder, tmp_path / "out"))
+    image = processor.image_token_id
+    got = processor.chat.encode(user(None, "what is this?"), [1], add_generation_prompt=True).input_ids
+    # llava/mm_utils.py, tokenizer_image_token: the stretches between images one by one, one beginning before all
+    assert got == [1, *slow.encode("USER: "), image, *slow.encode("\nwhat is this? ASSISTANT:")]
+    assert slow.encode("USER: ")[0] == slow.encode("\n")[0] == slow.piece_to_id("▁")
+
+
+def test_a_slow_tokenizer_asks_for_what_reads_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr("vlm.convert.sources.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"needs sentencepiece: pip install 'vlm\[sentencepiece\]'"):
+        take(folder, tmp_path / "out")
 
 
 class Evil:

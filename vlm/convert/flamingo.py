@@ -65,7 +65,7 @@ def read_flamingo(path: Path, base: str | None, vision_tower: str | None, chat_t
     if "perceiver.latents" not in checkpoint.shapes:
         raise UserError(f"{where}: not an OpenFlamingo checkpoint (no perceiver.latents in it)")
     text, tower = read_language_model(base), read_tower(vision_tower)
-    tokenizer = read_tokenizer_of(text.folder)
+    tokenizer = read_tokenizer_of(text.config, text.folder)
     # in OpenFlamingo's order: their numbers are rows of the embeddings
     tokenizer.add_tokens(AddedToken(END_OF_CHUNK, special=True, normalized=False), special_tokens=True)
     image_token_id = add_image_token(tokenizer)

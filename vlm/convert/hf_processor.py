@@ -10,6 +10,7 @@ from transformers import AutoProcessor
 from vlm.configuration import VisionLanguageConfig
 from vlm.convert import llava
 from vlm.convert.parity import Probe
+from vlm.convert.tokenizer import pin_tokenizer
 from vlm.errors import UserError
 from vlm.processing import VisionLanguageProcessor
 
@@ -22,7 +23,8 @@ def write_processor(processor: VisionLanguageProcessor, config: VisionLanguageCo
     written = llava.write_config(config)
     kind = PROCESSORS[written["model_type"]]
     vision: Any = config.vision_config
-    _write_tokenizer(processor, kind, folder)
+    processor.tokenizer.save_pretrained(folder)
+    pin_tokenizer(folder, kind)
     images = processor.image_processor.to_dict()
     images["image_processor_type"] = images["image_processor_type"].removesuffix("Pil")
     images["processor_class"] = kind
@@ -41,25 +43,6 @@ def write_processor(processor: VisionLanguageProcessor, config: VisionLanguageCo
     _write(folder / "processor_config.json", settings)
     _write(folder / "chat_template.json", {"chat_template": template})
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _write_tokenizer(processor: VisionLanguageProcessor, kind: str, folder: Path) -> None:
-    tokenizer = processor.tokenizer
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("chat_template", "backend", "is_local", "local_files_only"):  # the template has files of its own
-        settings.pop(name, None)
-    settings["processor_class"] = kind
-    # transformers 4.x knows neither this class nor these names, 5.x still reads the old ones
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    special = settings.pop("extra_special_tokens", None)
-    if isinstance(special, dict):
-        settings["extra_special_tokens"] = special
-    elif special:
-        settings["additional_special_tokens"] = special
-    _write(path, settings)
 
 
 def llava_pixels(config: VisionLanguageConfig, probe: Probe) -> dict[str, torch.Tensor]:

@@ -51,7 +51,7 @@ def read_original(
     _refuse_unknown(written, where)
     tower = read_tower(vision_tower or str(written["mm_vision_tower"]))
     text, own, notes = _read_language_side(folder, written, base)
-    tokenizer = read_tokenizer_of(folder, text.folder)
+    tokenizer = read_tokenizer_of(text.config, folder, text.folder)
     fill_padding_token(tokenizer)
     image_token_id = add_image_token(tokenizer)
     text_config: Any = text.config
@@ -80,7 +80,7 @@ def read_original(
     if template is None:
         if text_config.model_type != "llama":
             raise UserError(NO_TEMPLATE.format(folder=folder))
-        template = PLAIN
+        template = PLAIN.replace("<image>", IMAGE_TOKEN + _gap(tokenizer))
         notes.append(
             "no chat template in it: Vicuna's is used, as LLaVA 1.5 was trained with it (--chat-template FILE)"
         )
@@ -100,6 +100,17 @@ def read_original(
         read_generation(folder) or read_generation(text.folder),
         notes,
     )
+
+
+def _gap(tokenizer: Any) -> str:
+    """What makes the text behind an image a text of its own: LLaVA's code tokenises the stretches between images alone,
+    and some tokenizers put a space before the first word of each."""
+    image, text = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), "\na"
+    alone = [image, *tokenizer(text, add_special_tokens=False).input_ids]
+    gaps = (
+        gap for gap in ("", " ") if tokenizer(IMAGE_TOKEN + gap + text, add_special_tokens=False).input_ids == alone
+    )
+    return next(gaps, "")
 
 
 def from_original(name: str) -> str:

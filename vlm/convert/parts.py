@@ -174,11 +174,11 @@ def read_lora(adapter: Path, name_of: Callable[[str], str]) -> tuple[Tensors, fl
     return Renamed(held, {name_of(name): name for name in held.shapes}), scaling
 
 
-def read_tokenizer_of(*folders: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer_of(language_model: PreTrainedConfig, *folders: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the first folder that has one."""
     for folder in folders:
         if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-            return read_tokenizer(folder)
+            return read_tokenizer(folder, language_model)
     raise UserError(f"{folders[0]}: no tokenizer in it")
 
 

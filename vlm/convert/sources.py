@@ -1,12 +1,15 @@
 """What else lies in a model folder: settings, tokenizer, chat template. Code in it is never run."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vlm.checkpoint import asks_for_code, read_object
 from vlm.errors import UserError, first_line
+
+NEEDED_BY_SLOW = ("sentencepiece", "google.protobuf")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -21,16 +24,32 @@ def read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a slow one (tokenizer.model) converted. Code in the folder is never run."""
+def read_tokenizer(folder: Path, language_model: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a slow one (tokenizer.model) converted. Code in the folder is never run.
+
+    language_model: whose tokenizer it is, where the folder's own config.json is another model's: the family decides how
+    a slow one is converted.
+    """
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         read_settings(settings)
+    only_slow = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if only_slow and (lacking := [name for name in NEEDED_BY_SLOW if not _installed(name)]):
+        raise UserError(f"{folder}: reading its tokenizer.model needs {lacking[0]}: pip install 'vlm[sentencepiece]'")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, config=language_model, trust_remote_code=False
+        )
     except Exception as error:  # transformers fails in many ways on broken folders
         raise UserError(f"{folder}: its tokenizer can't be loaded ({first_line(error)})") from error
     return tokenizer
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
 
 
 def read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase, given: Path | None) -> str | None:
