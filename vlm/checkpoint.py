@@ -149,8 +149,26 @@ def save(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None 
     with written_aside(folder) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
+        pin_tokenizer(partial)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
+
+
+def pin_tokenizer(folder: Path, **settings: str) -> None:
+    """Rewrites tokenizer_config.json so that tokenizer.json alone decides about tokens; `settings` go in, too.
+
+    Classes of model families build their tokenizers anew when they are loaded, from settings that saving may lose
+    (Llama's `legacy`), and in each version in another way. transformers 4.x knows neither 5.x's own class nor its lists
+    of special tokens; 5.x reads the old names, too.
+    """
+    path = folder / "tokenizer_config.json"
+    known = read_object(path)
+    for name in ("backend", "is_local", "local_files_only"):  # how and where it was loaded
+        known.pop(name, None)
+    known |= {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    if isinstance(known.get("extra_special_tokens"), list):
+        known["additional_special_tokens"] = known.pop("extra_special_tokens")
+    path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaTokenizer
 
 from tests.vlm.chats import PAIRS, pad_left, picture, user
 from tests.vlm.conftest import LoadedModels
-from vlm import UserError, VisionLanguageModel, load, save
+from vlm import UserError, VisionLanguageModel, VisionLanguageProcessor, load, save
 from vlm.checkpoint import link_folder, merge_adapter, written_aside
 
 TinyModels = Callable[[str, str], Path]
@@ -71,6 +72,21 @@ def test_saving_and_loading_changes_no_bit(
     assert not again.training
     assert (tmp_path / "a" / "model" / "README.md").read_text() == "# a card\n"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_tokenizer_comes_back_as_it_was(loaded_models: LoadedModels, tmp_path: Path, legacy: bool) -> None:
+    words = ["<unk>", "<s>", "</s>", "<image>", *sorted({"\u2581", *"USER: what?"})]
+    llama = LlamaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], legacy=legacy)
+    llama.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    model, processor = loaded_models("early", "mlp")
+    settings = {"image_tokens": model.config.image_tokens, "chat_template": processor.chat_template}
+    save(model, VisionLanguageProcessor(processor.image_processor, llama, **settings), tmp_path / "model")
+    _, again = load(tmp_path / "model")
+    text = "<s>USER: <image>what?"
+    before = llama.convert_ids_to_tokens(llama(text, add_special_tokens=False).input_ids)
+    assert again.tokenizer.convert_ids_to_tokens(again.tokenizer(text, add_special_tokens=False).input_ids) == before
+    assert ("\u2581" in before[1]) == legacy  # a space in front of each piece, which only the old kind puts there
 
 
 def test_the_number_format_of_the_files_is_kept_unless_another_is_asked_for(

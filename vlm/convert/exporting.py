@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from vlm.checkpoint import load, quietly, written_aside
+from vlm.checkpoint import load, pin_tokenizer, quietly, written_aside
 from vlm.convert import llava
 from vlm.convert.card import model_card
 from vlm.convert.hf_processor import check_processor, llava_pixels, write_processor
@@ -48,6 +48,7 @@ def export_model(model: str, to: str, out: Path, progress: Progress) -> Differen
         else:
             source.config.save_pretrained(partial)
             reading.processor.save_pretrained(partial)
+            pin_tokenizer(partial)
         generation = source.folder / "generation_config.json"
         if generation.is_file():
             shutil.copyfile(generation, partial / generation.name)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoProcessor
 
+from vlm.checkpoint import pin_tokenizer
 from vlm.configuration import VisionLanguageConfig
 from vlm.convert import llava
 from vlm.convert.parity import Probe
-from vlm.convert.tokenizer import pin_tokenizer
 from vlm.errors import UserError
 from vlm.processing import VisionLanguageProcessor
 
@@ -24,7 +24,7 @@ def write_processor(processor: VisionLanguageProcessor, config: VisionLanguageCo
     kind = PROCESSORS[written["model_type"]]
     vision: Any = config.vision_config
     processor.tokenizer.save_pretrained(folder)
-    pin_tokenizer(folder, kind)
+    pin_tokenizer(folder, processor_class=kind)
     images = processor.image_processor.to_dict()
     images["image_processor_type"] = images["image_processor_type"].removesuffix("Pil")
     images["processor_class"] = kind

@@ -7,10 +7,9 @@ from typing import Any
 
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from vlm.checkpoint import written_aside
+from vlm.checkpoint import pin_tokenizer, written_aside
 from vlm.configuration import VisionLanguageConfig
 from vlm.convert.tensors import Progress, Tensors, write_tensors
-from vlm.convert.tokenizer import pin_tokenizer
 from vlm.errors import UserError
 from vlm.processing import VisionLanguageProcessor
 
@@ -55,7 +54,7 @@ def write_imported(imported: Imported, out: Path, progress: Progress) -> None:
         write_tensors(partial, imported.tensors, progress)
         config.save_pretrained(partial)
         processor.save_pretrained(partial)
-        pin_tokenizer(partial, type(processor).__name__)
+        pin_tokenizer(partial)
         if imported.generation is not None:
             text = json.dumps(imported.generation, indent=2) + "\n"
             (partial / "generation_config.json").write_text(text, encoding="utf-8")
