@@ -128,6 +128,16 @@ def test_import_export_import_is_the_identity(tiny_tokenizer: Any, tmp_path: Pat
     assert {name.split(".")[0] for name in held(exported)} == parts
 
 
+@pytest.mark.parametrize("where", ["config", "text_config"])
+def test_tying_is_read_where_any_version_writes_it(tiny_tokenizer: Any, tmp_path: Path, where: str) -> None:
+    source = make_llava(tmp_path / "llava", tiny_tokenizer, text={"tie_word_embeddings": True})
+    config = json.loads((source / "config.json").read_text())
+    del (config if where == "text_config" else config["text_config"])["tie_word_embeddings"]
+    (source / "config.json").write_text(json.dumps(config))
+    model, _ = load(take(source, tmp_path / "imported"))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def test_number_formats_and_shards_survive(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = {
         name: tensor if name.startswith("multi_modal_projector") else tensor.to(torch.bfloat16)
