@@ -50,6 +50,8 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
     command += ["--limit-mm-per-prompt", json.dumps({"image": Limits.images})]
     # for vLLM's own classes: with torchvision, which it brings, transformers scales pictures differently
     command += ["--mm-processor-kwargs", json.dumps({"backend": "pil"})]
+    # once a request with a new image is refused, this cache fails the next one that has the image
+    command += ["--mm-processor-cache-gb", "0"]
     if adapters:
         command += ["--enable-lora", "--max-lora-rank", str(_lora_rank(adapters))]
         command += ["--lora-modules", *(f"{served}={folder}" for served, folder in adapters.items())]

@@ -1,15 +1,19 @@
 """Before vLLM's routes: the key on every one but /health, errors in the shape of all our servers, no paths."""
 
 import json
+import logging
 import os
 import re
 from typing import Any
 
-from serve.errors import ApiError
+from serve.errors import ApiError, is_draining
 from serve.guard import App, Guard, Message, Receive, Scope, Send
+from serve.transport import error_response
 
+log = logging.getLogger("serve.vllm_plugin.guard")
 OPEN_PATHS = ("/health",)
 MODELS = "/v1/models"
+FAILED = "the server failed on this request"
 CODES = {
     400: "invalid_value",
     401: "invalid_api_key",
@@ -45,22 +49,39 @@ class Answers:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        held: Message | None = None
-        body = b""
+        answer = _Answer(send, lists_models=scope["path"] == MODELS)
+        try:
+            await self.app(scope, receive, answer)
+        except Exception as error:  # what nobody expected; the framework outside of us would answer in its own shape
+            if answer.started:
+                raise
+            told = is_draining()
+            if "after shutdown" not in str(error):  # what Python says of a pool that takes no more work
+                log.exception("a request failed", exc_info=error)
+                told = ApiError(500, FAILED, "server_error", code="internal_error")
+            await error_response(told)(scope, receive, send)
 
-        async def rewrite(message: Message) -> None:
-            nonlocal held, body
-            if message["type"] == "http.response.start" and (message["status"] >= 400 or scope["path"] == MODELS):
-                held = message
-            elif held is None:
-                await send(message)
-            else:
-                body += message.get("body", b"")
-                if not message.get("more_body", False):
-                    await send(_start(held, data := _rewritten(held["status"], body)))
-                    await send({"type": "http.response.body", "body": data})
 
-        await self.app(scope, receive, rewrite)
+class _Answer:
+    """One answer on its way out; what is rewritten is held back until it is whole."""
+
+    def __init__(self, send: Send, lists_models: bool) -> None:
+        self.send, self.lists_models = send, lists_models
+        self.started, self.body = False, b""
+        self.held: Message | None = None
+
+    async def __call__(self, message: Message) -> None:
+        self.started = True
+        if message["type"] == "http.response.start" and (message["status"] >= 400 or self.lists_models):
+            self.held = message
+        elif self.held is None:
+            await self.send(message)
+        else:
+            self.body += message.get("body", b"")
+            if not message.get("more_body", False):
+                data = _rewritten(self.held["status"], self.body)
+                await self.send(_start(self.held, data))
+                await self.send({"type": "http.response.body", "body": data})
 
 
 def _start(message: Message, body: bytes) -> Message:
@@ -91,7 +112,7 @@ def _error(status: int, body: bytes) -> ApiError:
     kind = "invalid_request_error" if status < 500 else "server_error"
     if status == 429:
         kind = "rate_limit_error"
-    message = re.sub(r" \(parameter=.*\)$", "", str(told.get("message") or "the server failed on this request"))
+    message = re.sub(r" \(parameter=.*\)$", "", str(told.get("message") or FAILED))
     code = told.get("code")
     known = code if isinstance(code, str) else CODES.get(status)
     if status == 404 and told.get("param") == "model":

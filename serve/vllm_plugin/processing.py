@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalDataDict
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
@@ -91,3 +92,10 @@ class ImageProcessor(BaseMultiModalProcessor[ProcessingInfo]):
             return [token] * config.image_tokens.placeholders(size.height, size.width)
 
         return [PromptReplacement(modality="image", target=[token], replacement=tokens)]
+
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Mapping[str, Any]) -> Any:
+        marks = token_ids.count(self.info.get_hf_config().image_token_id)
+        images = len(mm_prompt_updates.get("image", ()))
+        if marks != images:  # a prompt that was cut, or that came as ids
+            raise VLLMValidationError(f"the prompt has {marks} image tokens for {images} images", parameter="messages")
+        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)

@@ -64,6 +64,19 @@ class ChatRenderer(BaseRenderer[HfTokenizer]):
         begin = [token for token in begin if token != tokenizer.eos_token_id]
         return self._build_tokens_prompt([*begin, *self._encoder(None).encode_text(prompt["prompt"])], prompt)
 
+    def _process_tokens(self, prompt: Any, **settings: Any) -> Any:
+        return super()._process_tokens(self._checked(prompt), **settings)
+
+    async def _process_tokens_async(self, prompt: Any, **settings: Any) -> Any:
+        return await super()._process_tokens_async(self._checked(prompt), **settings)
+
+    def _checked(self, prompt: Any) -> Any:
+        """A prompt of ids may hold image tokens, which mean nothing without images."""
+        marks = prompt["prompt_token_ids"].count(self.model_config.hf_config.image_token_id)
+        if marks and not prompt.get("multi_modal_data"):
+            raise VLLMValidationError(f"the prompt has {marks} image tokens for 0 images", parameter="prompt")
+        return prompt
+
     def _encoder(self, template: str | None) -> ChatEncoder:
         if template not in self._encoders:
             tokenizer, config = self.get_tokenizer(), self.model_config.hf_config

@@ -5,6 +5,7 @@ import http.server
 import io
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,13 +178,37 @@ def test_special_tokens_that_people_write_are_text(server: Server, folders: tupl
             assert client.post(TEXT, json={"model": "tiny", "prompt": text, "max_tokens": 3}).status_code == 200
 
 
+def test_image_tokens_and_images_that_do_not_match_are_refused_with_both_counts(
+    server: Server, folders: tuple[Path, Path]
+) -> None:
+    image_token = load(folders[0])[1].image_token_id
+    with server.client() as client:
+        body = {"model": "tiny", "prompt": [image_token] * 3, "max_tokens": 3}
+        assert "3 image tokens for 0 images" in refused(client.post(TEXT, json=body))["message"]
+        cut = chat(Case("what?", (picture(0),)), max_tokens=3, truncate_prompt_tokens=1)
+        assert "0 image tokens for 1 images" in refused(client.post(CHAT, json=cut))["message"]
+
+
+def test_a_refused_request_does_not_harm_the_next_one_with_its_image(server: Server) -> None:
+    with server.client() as client:
+        for number, wrong in enumerate(
+            ({"temperature": 3}, {"truncate_prompt_tokens": 1}, {"logit_bias": {"9999": 1}})
+        ):
+            case = Case("what?", (picture(7000 + number),))
+            refused(client.post(CHAT, json=chat(case, max_tokens=3) | wrong))
+            assert client.post(CHAT, json=chat(case, max_tokens=3)).status_code == 200
+
+
 def test_sigterm_finishes_what_was_accepted_and_ends_with_the_servers_code(server: Server) -> None:
     body = chat(Case("on and on", ()), max_tokens=400, stream=True, logit_bias={"1": -100})
     with server.client() as client, client.stream("POST", CHAT, json=body) as stream:
         lines = stream.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        late = client.post(CHAT, json=chat(Case("late", ()), max_tokens=3))
         received = [line for line in lines if line]
+    assert refused(late, 503)["code"] == "draining"
     assert received[-1] == "data: [DONE]"
     wait_until(lambda: server.process.poll() is not None, seconds=60)
     assert server.process.returncode == 0

@@ -225,3 +225,15 @@ def test_only_health_is_open(guarded: TestClient, monkeypatch: pytest.MonkeyPatc
     free = TestClient(ServerGuard(Starlette(routes=[Route("/good", lambda _: PlainTextResponse("x"))])))
     assert free.get("/good").text == "x"
     refused(free.get("/bad"), 404)
+
+
+def test_what_nobody_expected_is_told_in_our_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    errors = [AssertionError("at /home/me/secret"), RuntimeError("cannot schedule new futures after shutdown")]
+
+    async def fails(*_: Any) -> None:
+        raise errors.pop(0)
+
+    client = TestClient(ServerGuard(fails))
+    assert refused(client.get("/v1/models"), 500)["message"] == "the server failed on this request"
+    assert refused(client.get("/v1/models"), 503)["code"] == "draining"
