@@ -13,12 +13,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import serve as serve_package
 import vlm
 from serve.child import run
 from serve.media import Limits
 from serve.server import bind
+from serve.vllm_adapters import adapter_flags
 from serve.vllm_plugin.names import EARLY_ONLY, MODE, NO_DOMAIN
 from vlm.checkpoint import ADAPTER_CONFIG, check_source, read_object
 from vlm.errors import UserError
@@ -26,7 +28,6 @@ from vlm.hub import fetch
 
 VLLM_MINOR = "0.32"
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # another key, a list of plugins without ours, a front end that knows no middleware
 UNWANTED = ("VLLM_API_KEY", "VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND")
 GUARD = "serve.vllm_plugin.guard.ServerGuard"
@@ -34,8 +35,8 @@ GUARD = "serve.vllm_plugin.guard.ServerGuard"
 
 def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
     """Checks everything that can be checked here, then runs the server until it ends. Its exit code."""
-    folder = find_model(str(options.model))
-    adapters = dict(parse_adapter(adapter) for adapter in options.adapter)
+    folder, config = find_model(str(options.model))
+    adapters = adapter_flags(options.adapter, config)
     python = str(Path(options.vllm_python or sys.executable).expanduser())
     check_vllm(python)
     with bind(options.host, options.port) as listener:  # says now if the port is taken; vLLM finds out after a minute
@@ -52,24 +53,21 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
     command += ["--mm-processor-kwargs", json.dumps({"backend": "pil"})]
     # once a request with a new image is refused, this cache fails the next one that has the image
     command += ["--mm-processor-cache-gb", "0"]
-    if adapters:
-        command += ["--enable-lora", "--max-lora-rank", str(_lora_rank(adapters))]
-        command += ["--lora-modules", *(f"{served}={folder}" for served, folder in adapters.items())]
     # argparse takes the last of what is said twice, so flags of one's own win; of middleware the last comes first
-    command += [*options.rest, "--middleware", GUARD]
+    command += [*adapters, *options.rest, "--middleware", GUARD]
     address = f"[{options.host}]" if ":" in options.host else options.host
     print(f"{name} is loaded by vLLM now, and will be served at http://{address}:{port} (API: /v1)", flush=True)
-    with sources() as folder:
-        return run(command, environment(folder, api_key))
+    with sources() as links:
+        return run(command, environment(links, api_key))
 
 
-def environment(folder: Path, api_key: str | None) -> dict[str, str]:
+def environment(links: Path, api_key: str | None) -> dict[str, str]:
     """The server's environment: our code on the path, the current folder off it, the key where `ps` shows none.
 
     Usage statistics, which vLLM sends to its makers, are off unless one's own environment says otherwise.
     """
     changes = {
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": str(links),
         "PYTHONSAFEPATH": "1",
         "VLLM_MEDIA_CONNECTOR": MODE,
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
@@ -95,8 +93,8 @@ def sources() -> Iterator[Path]:
         yield folder
 
 
-def find_model(model: str) -> Path:
-    """Its folder. UserError for what vLLM couldn't serve, told before it spends a minute on starting."""
+def find_model(model: str) -> tuple[Path, dict[str, Any]]:
+    """Its folder and config.json. UserError for what vLLM would find out after a minute, or not at all."""
     folder = fetch(model)
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
@@ -107,7 +105,7 @@ def find_model(model: str) -> Path:
     config = check_source(folder)
     if config.get("model_type") == "vlm" and config.get("fusion", "early") != "early":
         raise UserError(f"{model}: {EARLY_ONLY}")
-    return folder
+    return folder, config
 
 
 def check_vllm(python: str) -> None:
@@ -125,29 +123,3 @@ def check_vllm(python: str) -> None:
     version = done.stdout.strip()
     if not f"{version}.".startswith(f"{VLLM_MINOR}."):
         raise UserError(f"{python} has vLLM {version}, and this release of vlm works with vLLM {VLLM_MINOR}.*")
-
-
-def parse_adapter(text: str) -> tuple[str, Path]:
-    """NAME=DIR. UserError unless it is a LoRA folder that can be served beside its base."""
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise UserError(f"--adapter {text}: must be NAME=DIR")
-    path = Path(folder).expanduser().resolve()
-    if not (path / ADAPTER_CONFIG).is_file():
-        raise UserError(f"--adapter {text}: no LoRA adapter there (no {ADAPTER_CONFIG})")
-    whole = read_object(path / ADAPTER_CONFIG).get("modules_to_save")
-    if whole:
-        raise UserError(
-            f"--adapter {text}: it replaces whole modules ({', '.join(whole)}), which can't be done by request; merge "
-            f"it: vlm export {folder} --to vlm --out DIR"
-        )
-    return name, path
-
-
-def _lora_rank(adapters: dict[str, Path]) -> int:
-    """The least rank that vLLM knows and all adapters fit into."""
-    wanted = max(int(read_object(folder / ADAPTER_CONFIG).get("r", 8)) for folder in adapters.values())
-    rank = next((rank for rank in LORA_RANKS if rank >= wanted), None)
-    if rank is None:
-        raise UserError(f"an adapter of rank {wanted}: vLLM serves ranks up to {LORA_RANKS[-1]}")
-    return rank

@@ -41,6 +41,8 @@ class VisionLanguageModel(nn.Module, EncodesImages, SupportsMultiModal, Supports
         if config.fusion != "early":
             raise ValueError(EARLY_ONLY)
         self.config = config
+        # LoRA finds a token's adapter by its place, and a Perceiver's layers see other numbers of tokens each
+        self.supports_tower_connector_lora = config.connector_settings.type == "mlp"
         vision: Any = config.vision_config
         text: Any = config.text_config
         marks: Any = self  # what the mixins bring is untyped
@@ -111,6 +113,17 @@ class VisionLanguageModel(nn.Module, EncodesImages, SupportsMultiModal, Supports
             connector="multi_modal_projector",
             tower_model=list(TOWERS),
         )
+
+    def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int]:
+        """Vectors of an image (or, without one, of as many image tokens at most) in the towers and in the connector."""
+        layout = self.config.image_tokens
+        if mm_kwargs is None:
+            views = num_mm_embeds * max(layout.views(*size) for size in ((1, 1), *layout.pinpoints))
+        else:
+            height, width = mm_kwargs["image_sizes"].data.tolist()
+            views = layout.views(height, width)
+        count = views * self.config.squares_per_view
+        return count, count
 
 
 def _fill(encoder: Any, tensors: dict[str, torch.Tensor]) -> None:

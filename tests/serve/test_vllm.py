@@ -28,41 +28,64 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 IN_CI = tuple(KINDS)[1:3]  # the first one serves the tests of everything else
 
 
+# what adapters change: the language model, and the connector, too
+TARGETS = {
+    "cats": r"language_model\..*\.(q_proj|v_proj|down_proj)",
+    "dogs": r"language_model\..*\.up_proj|multi_modal_projector\.layers\.[02]",
+}
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model and a LoRA adapter of it that changes its answers."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model under the name that it is served by, and LoRA adapters of it that change its answers."""
     root = tmp_path_factory.mktemp("vllm")
     build(root / "model", "mlp")
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        config = LoraConfig(r=4, target_modules=r"language_model\..*\.(q_proj|v_proj|down_proj)")
-        adapted = get_peft_model(load(root / "model")[0], config)
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.2)
-    save_adapter(adapted, root / "cats", str(root / "model"))
-    return root / "model", root / "cats"
+    for name, targets in TARGETS.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            adapted = get_peft_model(load(root / "model")[0], LoraConfig(r=4, target_modules=targets))
+            for parameter_name, parameter in adapted.named_parameters():
+                if "lora_B" in parameter_name:
+                    torch.nn.init.normal_(parameter, std=0.2)
+        save_adapter(adapted, root / name, str(root / "model"))
+    return {"tiny": root / "model", **{name: root / name for name in TARGETS}}
 
 
 @pytest.fixture(scope="module")
-def server(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model, adapter = folders
-    with serving(model, tmp_path_factory.mktemp("here"), "--adapter", f"cats={adapter}") as running:
+def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    adapters = [f"{name}={folders[name]}" for name in TARGETS]
+    with serving(folders["tiny"], tmp_path_factory.mktemp("here"), "--adapter", *adapters) as running:
         yield running
 
 
-def test_an_mlp_model_says_the_same_as_our_own(server: Server, folders: tuple[Path, Path]) -> None:
-    oracle, asked = Oracle(*load(folders[0])), cases()
+def test_an_mlp_model_says_the_same_as_our_own(server: Server, folders: dict[str, Path]) -> None:
+    oracle, asked = Oracle(*load(folders["tiny"])), cases()
     assert_same_tokens(oracle, asked, server.ask(asked))
     assert_images_matter(oracle)
 
 
-def test_a_lora_adapter_is_served_by_name(server: Server, folders: tuple[Path, Path]) -> None:
-    base, adapted = Oracle(*load(folders[0])), Oracle(*load(folders[1]))
+def test_lora_adapters_are_served_by_name_side_by_side(server: Server, folders: dict[str, Path]) -> None:
     asked = cases(18)
-    assert sum(base.answer(case) != adapted.answer(case) for case in asked) > 9
-    assert_same_tokens(adapted, asked, server.ask(asked, model="cats"))
-    assert_same_tokens(base, asked, server.ask(asked))
+    oracles = {name: Oracle(*load(folder)) for name, folder in folders.items()}
+    for name in TARGETS:
+        assert sum(oracles["tiny"].answer(case) != oracles[name].answer(case) for case in asked) > 9
+    got: dict[str, list[tuple[int, list[int]]]] = {}
+    clients = [
+        threading.Thread(target=lambda name: got.update({name: server.ask(asked, model=name)}), args=(name,))
+        for name in oracles
+    ]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    for name, oracle in oracles.items():
+        assert_same_tokens(oracle, asked, got[name])
+
+
+def test_lora_of_the_connector_changes_what_is_seen(folders: dict[str, Path]) -> None:
+    base, adapted = (load(folders[name])[0] for name in ("tiny", "dogs"))
+    weights = (model.multi_modal_projector.layers[2].weight for model in (base, adapted))
+    assert not torch.equal(*weights)
 
 
 def assert_images_matter(oracle: Oracle) -> None:
@@ -108,11 +131,11 @@ def test_errors_have_the_shape_of_ours(server: Server, change: dict[str, Any], s
         refused(client.get(CHAT), 405)
 
 
-def test_the_models_are_listed_without_their_folders(server: Server, folders: tuple[Path, Path]) -> None:
+def test_the_models_are_listed_without_their_folders(server: Server, folders: dict[str, Path]) -> None:
     with server.client() as client:
         response = client.get("/v1/models")
-    assert [card["id"] for card in response.json()["data"]] == ["tiny", "cats"]
-    assert str(folders[0].parent) not in response.text
+    assert [card["id"] for card in response.json()["data"]] == ["tiny", "cats", "dogs"]
+    assert str(folders["tiny"].parent) not in response.text
 
 
 def test_images_of_other_places_are_refused_unseen(server: Server) -> None:
@@ -140,7 +163,7 @@ def test_images_of_other_places_are_refused_unseen(server: Server) -> None:
     assert seen == []
 
 
-def test_images_are_decoded_as_everywhere(server: Server, folders: tuple[Path, Path]) -> None:
+def test_images_are_decoded_as_everywhere(server: Server, folders: dict[str, Path]) -> None:
     turned = picture(6, 64, 20)
     exif = turned.getexif()
     exif[274] = 6  # its orientation
@@ -160,7 +183,7 @@ def test_images_are_decoded_as_everywhere(server: Server, folders: tuple[Path, P
         part["image_url"] = {"url": "data:image/png;base64,AAAA"}
         assert "not an image" in refused(client.post(CHAT, json=body))["message"]
     asked = [Case("what?", (decode_image(file),)) for file in files]
-    assert_same_tokens(Oracle(*load(folders[0])), asked, got)
+    assert_same_tokens(Oracle(*load(folders["tiny"])), asked, got)
 
 
 def png(image: Image.Image, **settings: Any) -> bytes:
@@ -169,8 +192,8 @@ def png(image: Image.Image, **settings: Any) -> bytes:
     return buffer.getvalue()
 
 
-def test_special_tokens_that_people_write_are_text(server: Server, folders: tuple[Path, Path]) -> None:
-    processor = load(folders[0])[1]
+def test_special_tokens_that_people_write_are_text(server: Server, folders: dict[str, Path]) -> None:
+    processor = load(folders["tiny"])[1]
     with server.client() as client:
         for text in ("a <image> b<|end|>", "<image>"):
             tokens = client.post("/tokenize", json={"model": "tiny", "prompt": text}).json()["tokens"]
@@ -179,9 +202,9 @@ def test_special_tokens_that_people_write_are_text(server: Server, folders: tupl
 
 
 def test_image_tokens_and_images_that_do_not_match_are_refused_with_both_counts(
-    server: Server, folders: tuple[Path, Path]
+    server: Server, folders: dict[str, Path]
 ) -> None:
-    image_token = load(folders[0])[1].image_token_id
+    image_token = load(folders["tiny"])[1].image_token_id
     with server.client() as client:
         body = {"model": "tiny", "prompt": [image_token] * 3, "max_tokens": 3}
         assert "3 image tokens for 0 images" in refused(client.post(TEXT, json=body))["message"]

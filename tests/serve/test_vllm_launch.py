@@ -5,11 +5,14 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Callable
 from importlib.metadata import PathDistribution
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
@@ -55,11 +58,23 @@ def serve(model: Path, fake: Path, *options: str) -> int:
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    folder = tmp_path / "cats"
-    folder.mkdir()
-    (folder / ADAPTER_CONFIG).write_text(json.dumps({"r": 20, "base_model_name_or_path": "some/base"}))
-    return folder
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """(name, the module it changes, settings) -> a LoRA folder."""
+
+    def make(name: str, module: str = "language_model.model.layers.0.mlp.up_proj", **settings: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": "some/base", **settings}))
+        weights = {f"base_model.model.{module}.lora_A.weight": torch.zeros(1, 1)}
+        save_file(weights, folder / "adapter_model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def adapter(make_adapter: Callable[..., Path]) -> Path:
+    return make_adapter("cats", r=20)
 
 
 def test_the_server_gets_safe_defaults_and_our_guard(
@@ -81,7 +96,7 @@ def test_the_server_gets_safe_defaults_and_our_guard(
         "--dtype float32",
         "--allowed-media-domains none.invalid",
         '--mm-processor-kwargs {"backend": "pil"}',
-        f"--enable-lora --max-lora-rank 32 --lora-modules cats={adapter}",
+        f"--enable-lora --max-lora-rank 32 --max-loras 2 --lora-modules cats={adapter} "
         "--max-model-len 512 --seed 3 --middleware serve.vllm_plugin.guard.ServerGuard",
     ):
         assert part in text
@@ -133,23 +148,27 @@ def test_another_vllm_is_refused(
 
 
 def test_what_vllm_cannot_serve_is_said_before_the_start(
-    tiny_models: Any, fake: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_models: Any, fake: Path, make_adapter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_models("early", "mlp")
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    (whole / ADAPTER_CONFIG).write_text(json.dumps({"r": 4, "modules_to_save": ["multi_modal_projector"]}))
-    huge = tmp_path / "huge"
-    huge.mkdir()
-    (huge / ADAPTER_CONFIG).write_text(json.dumps({"r": 1000}))
+    whole = make_adapter("whole", r=4, modules_to_save=["multi_modal_projector"])
+    huge, dora = make_adapter("huge", r=1000), make_adapter("dora", use_dora=True)
+    tower = make_adapter("tower", "vision_tower.encoder.layers.0.q_proj")
+    connector = make_adapter("connector", "multi_modal_projector.layers.0.to_q")
+    empty = make_adapter("empty")
+    (empty / "adapter_model.safetensors").unlink()
     for folder, options, said in (
         (tiny_models("deep", "mlp"), [], "--engine torch"),
         (tmp_path / "nothing", [], "no such model folder"),
-        (adapter, [], "vlm serve some/base --engine vllm --adapter"),
+        (empty, [], "vlm serve some/base --engine vllm --adapter"),
         (model, ["--adapter", "cats"], "must be NAME=DIR"),
         (model, ["--adapter", f"cats={tmp_path}"], "no LoRA adapter there"),
         (model, ["--adapter", f"cats={whole}"], "replaces whole modules"),
         (model, ["--adapter", f"cats={huge}"], "rank 1000"),
+        (model, ["--adapter", f"cats={dora}"], "DoRA"),
+        (model, ["--adapter", f"cats={tower}"], "changes the vision encoder"),
+        (model, ["--adapter", f"cats={empty}"], "no adapter_model.safetensors"),
+        (tiny_models("early", "perceiver"), ["--adapter", f"cats={connector}"], "reaches the mlp only"),
         (model, ["--max-waiting", "3"], "--max-waiting: only --engine torch"),
     ):
         assert serve(folder, fake, *options) == 1
@@ -158,6 +177,15 @@ def test_what_vllm_cannot_serve_is_said_before_the_start(
         assert main(["serve", str(model), *options]) == 1
         assert "only --engine vllm" in capsys.readouterr().err
     assert not (tmp_path / "told.json").exists()
+
+
+def test_lora_on_the_connector_is_asked_for(tiny_models: Any, fake: Path, make_adapter: Any) -> None:
+    language, connector = make_adapter("one", r=1), make_adapter("two", "multi_modal_projector.layers.2", r=9)
+    assert serve(tiny_models("early", "mlp"), fake, "--adapter", f"a={language}") == 7
+    assert "--enable-tower-connector-lora" not in told(fake)["arguments"]
+    assert serve(tiny_models("early", "mlp"), fake, "--adapter", f"a={language}", f"b={connector}") == 7
+    flags = f"--max-lora-rank 16 --max-loras 3 --enable-tower-connector-lora --lora-modules a={language} b={connector}"
+    assert flags in " ".join(told(fake)["arguments"])
 
 
 def test_flags_of_vllm_are_left_as_they_are() -> None:
