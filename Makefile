@@ -12,7 +12,7 @@ demo: .venv/.installed-demo
 	$(BIN)/vlm demo --out runs/demo
 
 test: .venv/.installed-dev
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --maxprocesses 4
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
