@@ -19,7 +19,7 @@ lint: .venv/.installed-dev
 	$(BIN)/mypy
 
 soak: .venv/.installed-dev
-	$(BIN)/pytest -q -m "slow or not slow" --timeout 3600
+	$(BIN)/pytest -q -m "" --timeout 3600
 
 # pip is what venv writes last, so a half-made environment is made again.
 $(BIN)/pip:
