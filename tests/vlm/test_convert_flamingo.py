@@ -280,6 +280,14 @@ def test_what_is_broken_is_refused(copied: Path, tmp_path: Path, what: str) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_with_nothing_but_a_checkpoint_is_one(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    shutil.copy(parts / "checkpoint.pt", tmp_path / "repository")
+    named = {"base": str(parts / "lm"), "vision_tower": str(parts / "clip")}
+    out = take(tmp_path / "repository", tmp_path / "out", **named)
+    assert held(out).keys() == held(taken(parts, tmp_path / "other")).keys()
+
+
 def test_the_rest_must_be_named(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name the rest with --base LM --vision-tower TOWER"):
         take(parts / "checkpoint.pt", tmp_path / "out", base=str(parts / "lm"))

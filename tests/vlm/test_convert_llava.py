@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.vlm.chats import picture, user
-from tests.vlm.llavas import LAYOUTS, PATCH, SIZE, edit, make_llava, relayout
-from vlm import UserError, load
+from tests.vlm.llavas import LAYOUTS, PATCH, PINPOINTS, SIZE, TEXT, VISION, edit, make_llava, relayout
+from vlm import UserError, VisionLanguageConfig, VisionLanguageModel, load, save
 from vlm.cli import main
 from vlm.convert import exporting, tensors
 from vlm.convert.exporting import export_model
 from vlm.convert.importing import import_model
+from vlm.convert.llava import write_config
 from vlm.convert.tensors import SafetensorsFiles, weight_files
+from vlm.processing import make_processor
 
 PICTURES = [picture(1, 50, 40), picture(2, 20, 90)]
 CHAT = user(None, "what is this?", None, "and this?")
@@ -382,6 +384,39 @@ def test_what_llava_cant_express_goes_out_in_our_own_layout(
     exported = give(source, tmp_path / "out", to="vlm")
     assert_equal(held(exported), held(source))
     torch.testing.assert_close(ours(exported), ours(source), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "dinov2"])
+def test_tiles_of_any_encoder_go_out_and_in(tiny_tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    config = VisionLanguageConfig(
+        vision_config={**VISION, "model_type": kind},
+        text_config={**TEXT, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None},
+        tiling={"mode": "anyres", "pinpoints": PINPOINTS},
+        image_token_id=tiny_tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    save(VisionLanguageModel(config), make_processor(config, tiny_tokenizer), tmp_path / "model")
+    exported = give(tmp_path / "model", tmp_path / "exported")
+    torch.testing.assert_close(theirs(exported), ours(tmp_path / "model"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(take(exported, tmp_path / "again")), ours(tmp_path / "model"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"connector": {"depth": 3}}, "a projector of 3 layers"),
+        ({"connector": {"pool": 2}}, "pooled patches"),
+        ({"second_vision_config": VISION}, "a second vision encoder"),
+        ({"tiling": {"mode": "tiles"}}, "tiling mode tiles"),
+        ({"vision_config": {**VISION, "model_type": "dinov2_with_registers"}}, "an encoder with 5 vectors before"),
+        ({"vision_config": {**VISION, "model_type": "siglip2_vision_model", "num_patches": 16}}, "NaFlex encoder"),
+    ],
+    ids=str,
+)
+def test_more_that_llava_cant_express(settings: dict[str, Any], complaint: str) -> None:
+    config = VisionLanguageConfig(**{"vision_config": VISION, "text_config": TEXT, **settings})
+    with pytest.raises(UserError, match=f"can't express {complaint}.*; use --to vlm"):
+        write_config(config)
 
 
 def test_a_copy_that_answers_differently_is_not_kept(

@@ -29,8 +29,16 @@ def write_processor(processor: VisionLanguageProcessor, config: VisionLanguageCo
     images["image_processor_type"] = images["image_processor_type"].removesuffix("Pil")
     images["processor_class"] = kind
     if written["model_type"] == "llava_next":
-        pinpoints = written["image_grid_pinpoints"]
-        images |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints, "do_pad": True}
+        # a view is a square of the encoder's size: any rule of resizing keeps it, and LLaVA-NeXT knows but this one
+        edge = config.image_tokens.view_size
+        images |= {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": written["image_grid_pinpoints"],
+            "size": {"shortest_edge": edge},
+            "crop_size": {"height": edge, "width": edge},
+            "do_center_crop": bool(images.get("do_center_crop")),
+            "do_pad": True,
+        }
     settings = {
         "processor_class": kind,
         "image_token": processor.image_token,

@@ -28,8 +28,8 @@ def import_model(
     UserError in one sentence for what can't be read; `out` then stays as it was.
     """
     check_target(out)
-    if Path(source).is_file():
-        imported = flamingo.read_flamingo(Path(source), base, vision_tower, chat_template)
+    if (checkpoint := _lone_checkpoint(source, bool(base and vision_tower))) is not None:
+        imported = flamingo.read_flamingo(checkpoint, base, vision_tower, chat_template)
         write_imported(imported, out, progress)
         return imported.notes
     folder = fetch(source)
@@ -48,6 +48,18 @@ def import_model(
         raise UserError(f"{source}: a {written.get('model_type')!r} model; {kinds} can be imported")
     write_imported(imported, out, progress)
     return imported.notes
+
+
+def _lone_checkpoint(source: str, with_parts: bool) -> Path | None:
+    """The file that a source is, or (where the rest of a model is named, too) the one .pt in a folder without a
+    config.json: OpenFlamingo's repositories hold nothing else."""
+    if Path(source).is_file():
+        return Path(source)
+    if not with_parts:
+        return None
+    folder = fetch(source, *SETTINGS, *WEIGHTS, *PICKLES)
+    checkpoints = list(folder.glob("*.pt"))
+    return checkpoints[0] if len(checkpoints) == 1 and not (folder / "config.json").is_file() else None
 
 
 def read_llava(folder: Path, written: dict[str, Any], chat_template: Path | None) -> Imported:

@@ -87,6 +87,7 @@ def write_config(config: VisionLanguageConfig) -> dict[str, Any]:
         "pooled patches": connector.pool != 1,
         "a second vision encoder": config.second_vision_config is not None,
         f"tiling mode {tokens.mode}": tokens.mode not in ("none", "anyres"),
+        "SigLIP 2's NaFlex encoder": vision.model_type == "siglip2_vision_model",
         f"an encoder with {leading} vectors before its patches": strategy is None,
     }
     if found := [what for what, there in obstacles.items() if there]:
