@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 
 from vlm.checkpoint import pin_tokenizer
 from vlm.configuration import VisionLanguageConfig
@@ -67,6 +67,8 @@ def llava_pixels(config: VisionLanguageConfig, probe: Probe) -> dict[str, torch.
 def check_processor(folder: Path, ours: VisionLanguageProcessor, config: VisionLanguageConfig, probe: Probe) -> None:
     """UserError unless transformers' own processor makes of a chat with images what ours makes of it."""
     theirs = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    # beside torchvision, images would be scaled by its kernels, which round in another way than Pillow's
+    theirs.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     content = [{"type": "image"} for _ in probe.images] + [{"type": "text", "text": "What do you see?"}]
     chat = [{"role": "user", "content": content}]
     rendered = theirs.apply_chat_template(chat, add_generation_prompt=True)
