@@ -15,7 +15,9 @@ from vlm.chat import ChatEncoder
 from vlm.errors import UserError
 
 Prompt = dict[str, Any]
-UNSUPPORTED = ("tools", "documents", "continue_final_message")
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# of a template's settings; vLLM says something of reasoning and of a format with every request
+TAKEN = ("add_generation_prompt", "reasoning_effort", "enable_thinking", "cohere_format")
 
 
 class ChatRenderer(BaseRenderer[HfTokenizer]):
@@ -46,12 +48,12 @@ class ChatRenderer(BaseRenderer[HfTokenizer]):
 
     def _encode(self, conversation: list[Any], params: ChatParams) -> list[int]:
         settings = params.chat_template_kwargs
-        for name in UNSUPPORTED:
-            if settings.get(name):
+        for name, value in settings.items():
+            if value and name not in TAKEN:
                 raise VLLMValidationError(f"{name} is not supported", parameter=name)
         try:
             encoder = self._encoder(params.chat_template)
-            chat = [{**message, "role": _role(message), "content": _content(message)} for message in conversation]
+            chat = [_message(message) for message in conversation]
             shown = sum(part["type"] == "image" for message in chat for part in _parts(message))
             # one mark for each image: vLLM puts as many tokens in its place as the image needs
             return encoder.encode(chat, [1] * shown, settings.get("add_generation_prompt", True)).input_ids
@@ -86,15 +88,16 @@ class ChatRenderer(BaseRenderer[HfTokenizer]):
         return self._encoders[template]
 
 
-def _role(message: Any) -> str:
-    return "system" if message["role"] == "developer" else str(message["role"])
-
-
-def _content(message: Any) -> str | list[dict[str, Any]]:
+def _message(message: Any) -> dict[str, Any]:
+    """Role and content alone: a template takes everything else for its own words, control tokens and all."""
+    if message["role"] not in ROLES:
+        raise UserError(f"a role must be {', '.join(ROLES)}, got {str(message['role'])[:40]!r}")
+    if message.get("tool_calls"):
+        raise UserError("tool_calls are not supported")
     content: Any = message.get("content") or ""
     if isinstance(content, list) and len(content) == 1 and content[0]["type"] == "text":
-        return str(content[0]["text"])  # as training writes a message without images
-    return content
+        content = str(content[0]["text"])  # as training writes a message without images
+    return {"role": ROLES[message["role"]], "content": content}
 
 
 def _parts(message: Any) -> list[Any]:
