@@ -14,13 +14,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from tests.serve.helpers import CHAT, TEXT, picture, refused, wait_until
-from tests.serve.vllm_models import KINDS, Case, Oracle, assert_same_tokens, build, cases
+from tests.serve.vllm_models import KINDS, Case, Oracle, add_adapter, assert_same_tokens, build, cases
 from tests.serve.vllm_server import FLAGS, Server, chat, serving
-from train.adapters import save_adapter
 from vlm import load
 from vlm.images import decode_image
 
@@ -42,13 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("vllm")
     build(root / "model", "mlp")
     for name, targets in TARGETS.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            adapted = get_peft_model(load(root / "model")[0], LoraConfig(r=4, target_modules=targets))
-            for parameter_name, parameter in adapted.named_parameters():
-                if "lora_B" in parameter_name:
-                    torch.nn.init.normal_(parameter, std=0.2)
-        save_adapter(adapted, root / name, str(root / "model"))
+        add_adapter(root / "model", root / name, targets)
     return {"tiny": root / "model", **{name: root / name for name in TARGETS}}
 
 

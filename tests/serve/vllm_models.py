@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from tests.conftest import CONTEXT, TEXTS
 from tests.serve.helpers import picture
-from vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, save
+from train.adapters import save_adapter
+from vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, load, save
 from vlm.processing import make_processor
 from vlm.tokenization import IMAGE_TOKEN, train_tokenizer
 
@@ -83,6 +85,17 @@ def build(folder: Path, kind: str) -> None:
         last = [m for m in model.multi_modal_projector.modules() if isinstance(m, torch.nn.Linear)][-1]
         last.weight.mul_(scale)
     save(model, processor, folder)
+
+
+def add_adapter(model: Path, folder: Path, targets: str) -> None:
+    """Saves a random LoRA folder that changes what the model says. targets: a pattern of the layers that it changes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        adapted = get_peft_model(load(model)[0], LoraConfig(r=4, target_modules=targets))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    save_adapter(adapted, folder, str(model))
 
 
 @dataclass(frozen=True)
