@@ -1,5 +1,6 @@
 """Loaded tiny models, one thread."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import vlm
+from tests.vlm.llavas import make_llava
 
 Loaded = tuple[vlm.VisionLanguageModel, vlm.VisionLanguageProcessor]
 LoadedModels = Callable[[str, str], Loaded]
@@ -32,3 +34,15 @@ def loaded_models(tiny_models: Callable[[str, str], Path]) -> LoadedModels:
         return loaded[fusion, connector]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A LLaVA folder of the installed transformers, to be left as it is."""
+    return make_llava(tmp_path_factory.mktemp("llava") / "llava", tiny_tokenizer)
+
+
+@pytest.fixture
+def copied(llava: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    return Path(shutil.copytree(llava, tmp_path / "copied"))
