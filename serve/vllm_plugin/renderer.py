@@ -24,6 +24,7 @@ class ChatRenderer(BaseRenderer[HfTokenizer]):
     def __init__(self, config: VllmConfig, tokenizer: HfTokenizer | None) -> None:
         super().__init__(config, tokenizer)
         self._encoders: dict[str | None, ChatEncoder] = {}
+        self._image_token_id = getattr(self.model_config.hf_config, "image_token_id", None)  # a model of text has none
         self._encode_async = make_async(self._encode, executor=self._executor)
 
     def render_messages(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Prompt]:
@@ -74,16 +75,17 @@ class ChatRenderer(BaseRenderer[HfTokenizer]):
 
     def _checked(self, prompt: Any) -> Any:
         """A prompt of ids may hold image tokens, which mean nothing without images."""
-        marks = prompt["prompt_token_ids"].count(self.model_config.hf_config.image_token_id)
+        marks = prompt["prompt_token_ids"].count(self._image_token_id)
         if marks and not prompt.get("multi_modal_data"):
             raise VLLMValidationError(f"the prompt has {marks} image tokens for 0 images", parameter="prompt")
         return prompt
 
     def _encoder(self, template: str | None) -> ChatEncoder:
         if template not in self._encoders:
-            tokenizer, config = self.get_tokenizer(), self.model_config.hf_config
+            tokenizer = self.get_tokenizer()
             resolved = resolve_chat_template(tokenizer, template, None, model_config=self.model_config)
-            image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+            known = self._image_token_id is not None
+            image_token = tokenizer.convert_ids_to_tokens(self._image_token_id) if known else ""
             self._encoders[template] = ChatEncoder(tokenizer, resolved, image_token)
         return self._encoders[template]
 
