@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
 
 # For tokenizers that bring no template: chats as LLaVA 1.5 was trained on them (its conv_vicuna_v1), images first,
 # without the fixed system text.
@@ -43,12 +43,24 @@ PARTS_TO_TEXT = (
     "{%- set chat.messages = chat.messages + [dict(message, content=chat.said | join('\n'))] -%}"
 )
 
+# what a model is to say behind its answers; without it nothing teaches it to stop
+WITH_ENDS = (
+    "{%- set chat = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- if message.role != 'assistant' -%}" + KEEP + "{%- elif message.content is string -%}"
+    "{%- set chat.messages = chat.messages + [dict(message, content=message.content + eos_token)] -%}"
+    "{%- else -%}{%- set last = message.content[-1] -%}"
+    "{%- set chat.messages = chat.messages + "
+    "[dict(message, content=message.content[:-1] + [dict(last, text=last.text + eos_token)])] -%}"
+    "{%- endif -%}{%- endfor -%}{%- set messages = chat.messages -%}"
+)
+
 
 def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
-    """The template, able to take messages of text alone and messages of parts, and beginning as the tokenizer would.
+    """The template, able to take messages of text alone and of parts, with the tokenizer's beginning and with ends.
 
     A template that knows one kind of message gets the other kind turned into it; one that leaves out the token that the
-    tokenizer puts at the beginning gets it. UserError when it renders neither kind.
+    tokenizer puts at the beginning gets it, and so does one without a control token behind answers (llava-hf's).
+    UserError when it renders neither kind.
     """
     text, parts = (_rendered(template, tokenizer, content) for content in (MARK, [{"type": "text", "text": MARK}]))
     if text is None and parts is None:
@@ -57,6 +69,8 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token:
         template = OPEN + TEXT_TO_PARTS + CLOSE + template
     elif parts is None:
         template = OPEN + PARTS_TO_TEXT.replace("IMAGE", image_token) + CLOSE + template
+    if tokenizer.eos_token is not None and not _ends(template, tokenizer):
+        template = WITH_ENDS + template
     begin = tokenizer.bos_token
     said = str(parts or text)
     adds = begin is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
@@ -71,6 +85,18 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token:
     raise UserError(
         f"the tokenizer begins a chat in a way that {begin} before the chat template doesn't; give another one"
     )
+
+
+def _ends(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a control token follows an answer."""
+    question, answer = ([{"type": "text", "text": words}] for words in ("a", MARK))
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        said = str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+    except Exception as error:  # templates raise whatever they like
+        raise UserError(f"the chat template can't render an answer ({first_line(error)}); give another one") from error
+    behind = said.partition(MARK)[2]
+    return any(token.content in behind for token in tokenizer.added_tokens_decoder.values())
 
 
 def _rendered(template: str, tokenizer: PreTrainedTokenizerBase, content: Any) -> str | None:

@@ -67,7 +67,8 @@ def llama(request: pytest.FixtureRequest) -> Any:
 
 
 def test_a_prompt_is_what_the_tokenizer_made_of_it_with_the_first_template(llama: Any) -> None:
-    rendered = llama.apply_chat_template(SHOWN, chat_template=PARTS, add_generation_prompt=True, tokenize=False)
+    ended = [SHOWN[0], {"role": "assistant", "content": [text("a cat</s>")]}, SHOWN[2]]
+    rendered = llama.apply_chat_template(ended, chat_template=PARTS, add_generation_prompt=True, tokenize=False)
     fitted = fit_template(PARTS, llama, "<image>")
     again = llama.apply_chat_template(SHOWN, chat_template=fitted, add_generation_prompt=True, tokenize=False)
     ids = ChatEncoder(llama, fitted, "<image>").encode(SHOWN, [1, 1], add_generation_prompt=True).input_ids
@@ -84,7 +85,7 @@ def test_a_template_of_parts_takes_text(llama: Any) -> None:
 
 
 def test_a_template_of_text_takes_images(llama: Any) -> None:
-    flat = chat("<image>\n<image>\nwhat is this?\nand\nthis?", "a cat", "sure?")
+    flat = chat("<image>\n<image>\nwhat is this?\nand\nthis?", "a cat</s>", "sure?")
     rendered = llama.apply_chat_template(flat, chat_template=TEXT, add_generation_prompt=True, tokenize=False)
     fitted = fit_template(TEXT, llama, "<image>")
     ids = ChatEncoder(llama, fitted, "<image>").encode(SHOWN, [1, 1], add_generation_prompt=True).input_ids
@@ -103,7 +104,20 @@ def test_what_a_person_wrote_may_be_stripped_at_either_end(llama: Any) -> None:
 def test_a_template_that_takes_both_stays_as_it_is(tiny_tokenizer: Any) -> None:
     own = tiny_tokenizer.chat_template
     assert fit_template(own, tiny_tokenizer, "<image>") == own
-    assert fit_template(EITHER, tiny_tokenizer, "<image>") == EITHER
+    ending = EITHER.replace("{% endfor %}", "{{ eos_token }}{% endfor %}")
+    assert fit_template(ending, tiny_tokenizer, "<image>") == ending
+
+
+@pytest.mark.parametrize("template", [PARTS, TEXT, EITHER], ids=["parts", "text", "either"])
+def test_an_answer_teaches_its_end(llama: Any, template: str) -> None:
+    fitted = fit_template(template, llama, "<image>")
+    encoder = ChatEncoder(llama, fitted, "<image>")
+    for turns in (chat("what?", "a cat", "sure?", "this"), chat([text("what?")], [text("a cat")], "sure?", "this")):
+        tokens = encoder.encode(turns)
+        learned = [token for token, said in zip(tokens.input_ids, tokens.supervised, strict=True) if said]
+        assert learned.count(llama.eos_token_id) == tokens.input_ids.count(llama.eos_token_id) == 2
+        assert learned[-1] == llama.eos_token_id
+    assert fit_template(fitted, llama, "<image>") == fitted
 
 
 def test_a_template_that_renders_nothing_is_refused(tiny_tokenizer: Any) -> None:
