@@ -8,8 +8,8 @@ from serve.engine import Request, SamplingParams
 from serve.errors import ParameterError
 from serve.torch_engine import TorchEngine
 from tests.conftest import build_tiny_model
-from tests.serve.helpers import chat_ids, endless, image_input, make_request, picture, run, spoiled
-from tests.serve.vllm_models import KINDS, Oracle, assert_same_tokens, build, cases
+from tests.serve.helpers import chat_ids, endless, make_request, picture, run, spoiled
+from tests.serve.vllm_models import KINDS, Oracle, ask_engine, assert_same_tokens, build, cases
 from vlm import UserError, load
 
 PAIRS = [(fusion, connector) for fusion in ("early", "deep") for connector in ("mlp", "perceiver")]
@@ -59,21 +59,8 @@ def test_greedy_is_generate_alone_and_batched_and_staggered(make_engine, loaded,
 def test_images_of_all_sizes_are_answered_as_generate_does(kind, tmp_path):
     build(tmp_path / "m", kind)
     model, processor = load(tmp_path / "m")
-    engine, oracle, asked = TorchEngine(model, processor, "tiny", max_batch=4), Oracle(model, processor), cases(18)
-    engine.start()
-    requests = [
-        Request(
-            id=str(number),
-            input_ids=oracle.inputs(case)["input_ids"][0].tolist(),
-            images=tuple(image_input(processor, image) for image in case.images),
-            sampling=SamplingParams(temperature=0.0, max_tokens=24),
-        )
-        for number, case in enumerate(asked)
-    ]
-    answers = [ids for [(ids, _, _)] in run(engine, *requests)]
-    engine.stop()
-    lengths = [len(request.input_ids) for request in requests]
-    assert_same_tokens(oracle, asked, list(zip(lengths, answers, strict=True)))
+    oracle, asked = Oracle(model, processor), cases(18)
+    assert_same_tokens(oracle, asked, ask_engine(TorchEngine(model, processor, "tiny", max_batch=4), oracle, asked))
 
 
 def test_a_window_that_slides_is_refused(tmp_path):

@@ -10,8 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+from serve.engine import Request, SamplingParams
+from serve.media import prepare_image
+from serve.torch_engine import TorchEngine
 from tests.conftest import CONTEXT, TEXTS
-from tests.serve.helpers import picture
+from tests.serve.helpers import picture, run
 from train.adapters import save_adapter
 from vlm import VisionLanguageConfig, VisionLanguageModel, VisionLanguageProcessor, load, save
 from vlm.processing import make_processor
@@ -155,6 +158,23 @@ class Oracle:
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([list(said)], dtype=torch.long)], dim=1)
         first, second = self.model(**inputs).logits[0, -1].topk(2).values.tolist()
         return first - second
+
+
+def ask_engine(engine: TorchEngine, oracle: Oracle, asked: Sequence[Case]) -> list[tuple[int, list[int]]]:
+    """For each case the number of its prompt's tokens and the greedy answer's, all under way at a time."""
+    requests = [
+        Request(
+            id=str(number),
+            input_ids=oracle.inputs(case)["input_ids"][0].tolist(),
+            images=tuple(prepare_image(image, oracle.processor) for image in case.images),
+            sampling=SamplingParams(temperature=0.0, max_tokens=oracle.max_tokens),
+        )
+        for number, case in enumerate(asked)
+    ]
+    engine.start()
+    answers = [ids for [(ids, _, _)] in run(engine, *requests)]
+    engine.stop()
+    return [(len(request.input_ids), ids) for request, ids in zip(requests, answers, strict=True)]
 
 
 def assert_same_tokens(oracle: Oracle, asked: Sequence[Case], got: Sequence[tuple[int, list[int]]]) -> None:

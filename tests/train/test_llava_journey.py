@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from serve.engine import Request, SamplingParams
 from serve.torch_engine import TorchEngine
-from tests.serve.helpers import image_input, picture, run
-from tests.serve.vllm_models import Oracle, assert_same_tokens, cases
+from tests.serve.helpers import picture
+from tests.serve.vllm_models import Oracle, ask_engine, assert_same_tokens, cases
 from tests.serve.vllm_server import serving
 from tests.vlm.llavas import make_llava
 from vlm import load
@@ -53,21 +52,7 @@ def test_what_was_learned_is_said_by_our_engine_and_by_transformers(journey: Pat
     oracle, asked = Oracle(model, processor), cases(12)
     untouched = Oracle(*load(journey / "imported"))
     assert sum(oracle.answer(case) != untouched.answer(case) for case in asked) > 6  # it has learned something
-    engine = TorchEngine(model, processor, "mine")
-    engine.start()
-    requests = [
-        Request(
-            id=str(number),
-            input_ids=oracle.inputs(case)["input_ids"][0].tolist(),
-            images=tuple(image_input(processor, image) for image in case.images),
-            sampling=SamplingParams(temperature=0.0, max_tokens=oracle.max_tokens),
-        )
-        for number, case in enumerate(asked)
-    ]
-    answers = [ids for [(ids, _, _)] in run(engine, *requests)]
-    engine.stop()
-    lengths = [len(request.input_ids) for request in requests]
-    assert_same_tokens(oracle, asked, list(zip(lengths, answers, strict=True)))
+    assert_same_tokens(oracle, asked, ask_engine(TorchEngine(model, processor, "mine"), oracle, asked))
 
     exported = AutoModelForImageTextToText.from_pretrained(journey / "exported", dtype=torch.float32).eval()
     preparing = AutoProcessor.from_pretrained(journey / "exported")
