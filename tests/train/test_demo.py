@@ -17,8 +17,15 @@ from train.state import latest
 def test_ctrl_c_while_pretraining_loses_no_step(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     command = [sys.executable, "-P", "-m", "vlm.cli", "demo", "--quick", "--out", str(out)]
-    # as in a terminal: the signal reaches every process of the foreground group
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # as in a terminal: the signal reaches every process of the foreground group, and isn't ignored, as it is by what a
+    # script has started in the background
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     runs = {name: Run(out / "runs" / name) for name in ("clip", "language")}
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not all(
