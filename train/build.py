@@ -1,9 +1,9 @@
 """From a recipe to the networks of a stage: from random weights, from saved parts, or from the stage before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -12,8 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
     CLIPModel,
     PreTrainedConfig,
     PreTrainedModel,
@@ -26,7 +24,9 @@ from train.runs import Run
 from vlm.checkpoint import check_complete, check_source, load
 from vlm.configuration import VisionLanguageConfig
 from vlm.contrastive import make_clip
-from vlm.encoders import image_size, make_image_processor
+from vlm.convert.images import read_image_settings
+from vlm.convert.sources import read_tokenizer
+from vlm.encoders import IMAGE_PROCESSORS, image_size, make_image_processor
 from vlm.errors import UserError
 from vlm.hub import PICKLES, SETTINGS, fetch
 from vlm.modeling import VisionLanguageModel
@@ -36,6 +36,8 @@ from vlm.templates import PLAIN, fit_template
 from vlm.tiling import ImageTokens
 from vlm.tokenization import IMAGE_TOKEN, add_image_token, fill_padding_token, train_tokenizer
 
+IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
+KEPT = "image_mean image_std resample rescale_factor do_resize do_rescale do_normalize do_center_crop".split()
 TOKENIZER_ROWS = 5000  # rows that a new tokenizer is made from, spread evenly over the data
 
 
@@ -49,7 +51,7 @@ def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
     if not (run.tokenizer / "tokenizer.json").is_file():
         pretrained = recipe.model.language.pretrained
         if pretrained is not None:
-            tokenizer = AutoTokenizer.from_pretrained(fetch(pretrained, *SETTINGS))
+            tokenizer = read_tokenizer(fetch(pretrained, *SETTINGS))
             add_image_token(tokenizer)
             fill_padding_token(tokenizer)
             tokenizer.chat_template = fit_template(tokenizer.chat_template or PLAIN, tokenizer, IMAGE_TOKEN)
@@ -57,7 +59,7 @@ def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
             context = (recipe.model.language.config or {}).get("max_position_embeddings", 2048)
             tokenizer = train_tokenizer(_texts(recipe), recipe.model.tokenizer_vocab, context)
         tokenizer.save_pretrained(run.tokenizer)
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(run.tokenizer)
+    loaded = read_tokenizer(run.tokenizer)
     towers = {"model.language.config": recipe.model.language.config, "model.text_tower": recipe.model.text_tower}
     for where, settings in towers.items():
         size = (settings or {}).get("vocab_size", len(loaded))
@@ -156,9 +158,30 @@ def build_model(
         assert model.second_vision_tower is not None
         model.second_vision_tower.encoder.load_state_dict(second.state_dict())
     model.language_model.load_state_dict(language_model.state_dict())
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    processor = make_processor(
+        config,
+        tokenizer,
+        image_settings(spec.vision, encoder.config, spec.image),
+        image_settings(spec.second_vision, second.config, spec.second_image) if spec.second_vision and second else None,
+    )
+    model.generation_config.eos_token_id = _ends(language_model, processor)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, make_processor(config, tokenizer, *image_settings(spec))
+    return model, processor
+
+
+def _ends(language_model: PreTrainedModel, processor: VisionLanguageProcessor) -> int | list[int]:
+    """What ends an answer: for the language model itself, for its tokenizer, and for the chat template."""
+    assert language_model.generation_config is not None
+    known = language_model.generation_config.eos_token_id
+    ends = known if isinstance(known, list) else [known]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tokens = processor.chat.encode(chat)
+    said = [token for token, learned in zip(tokens.input_ids, tokens.supervised, strict=True) if learned]
+    taught = [token for token in said if token in processor.tokenizer.added_tokens_decoder]
+    found = list(
+        dict.fromkeys(token for token in [*ends, processor.tokenizer.eos_token_id, *taught] if token is not None)
+    )
+    return found[0] if len(found) == 1 else found
 
 
 def fused_config(
@@ -192,21 +215,20 @@ def clip_processor(spec: Model, vision: Any, tokenizer: PreTrainedTokenizerBase)
     )
 
 
-def image_settings(spec: Model) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of both encoders' image processors: what a saved encoder brings, and over it what the recipe says."""
-    second = spec.second_vision or Backbone()
-    return {**_saved_settings(spec.vision), **spec.image}, {**_saved_settings(second), **spec.second_image}
+def image_settings(backbone: Backbone, encoder: PreTrainedConfig, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an encoder's image processor: what a saved encoder brings, and over it what the recipe says.
 
-
-def _saved_settings(backbone: Backbone) -> dict[str, Any]:
-    """How a saved encoder was shown its pictures. Not how large: some name a smaller crop than they were made for."""
-    if backbone.pretrained is None:
-        return {}
-    try:
-        saved, _ = CLIPImageProcessorPil.get_image_processor_dict(fetch(backbone.pretrained, *SETTINGS))
-    except OSError:
-        return {}  # no preprocessor_config.json: what encoders of its kind are made for
-    return {name: saved[name] for name in ("image_mean", "image_std", "resample", "rescale_factor") if name in saved}
+    How large pictures are is up to the encoder: some folders name a smaller crop than they were made for.
+    """
+    folder = fetch(backbone.pretrained, *SETTINGS) if backbone.pretrained is not None else None
+    if folder is None or not any((folder / name).is_file() for name in IMAGE_SETTINGS):
+        return dict(own)
+    saved, edge = read_image_settings(folder), image_size(encoder)
+    settings = {name: saved[name] for name in KEPT if saved.get(name) is not None}
+    if "height" in (saved.get("size") or {}):  # the whole picture is squeezed into a square
+        settings["size"] = {"height": edge, "width": edge}
+    known = get_type_hints(IMAGE_PROCESSORS[encoder.model_type].valid_kwargs)
+    return {**{name: value for name, value in settings.items() if name in known}, **own}
 
 
 def _trained(backbone: Backbone, run: Run) -> str | Path | None:
@@ -226,6 +248,7 @@ def _load(kind: Any, source: str | Path) -> PreTrainedModel:
             dtype=torch.float32,
             use_safetensors=_is_safe(folder),
             weights_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
@@ -237,7 +260,7 @@ def _load(kind: Any, source: str | Path) -> PreTrainedModel:
 def _read_config(source: str) -> PreTrainedConfig:
     folder = _backbone(source)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot be loaded ({' '.join(str(error).split())})") from error
     return config

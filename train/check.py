@@ -120,11 +120,11 @@ def _network(recipe: Recipe, stage: Stage) -> Any:
             _check_context(recipe, language)
             return model
         encoder, second = _encoder("model.vision", spec.vision), None
-        first_image, second_image = image_settings(spec)
-        _check_pictures("model.image", encoder, first_image)
+        _check_pictures("model.image", encoder, image_settings(spec.vision, encoder, spec.image))
         if spec.second_vision is not None:
             second = _encoder("model.second_vision", spec.second_vision)
-            _check_pictures("model.second_image", second, second_image)
+            own = image_settings(spec.second_vision, second, spec.second_image)
+            _check_pictures("model.second_image", second, own)
         with _blame("model"):
             config = fused_config(spec, encoder, language, 0, second)
     _check_context(recipe, config.text_config)

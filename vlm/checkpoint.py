@@ -174,7 +174,7 @@ def pin_tokenizer(folder: Path, **settings: str) -> None:
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place when the block ends well, and vanishes when it doesn't."""
-    folder = folder.absolute()  # "." has no name
+    folder = folder.resolve()  # "." has no name, and a link would be replaced instead of what it leads to
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file, where a folder is to be written")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -127,6 +127,8 @@ class VisionLanguageConfig(PreTrainedConfig):
         return int(-(-side // pool)) ** 2 + (self.vision_feature_select == "cls_patch")
 
     def _check_towers(self) -> None:
+        if [] in (self.vision_feature_layer, self.second_vision_feature_layer):
+            raise ValueError("vision_feature_layer needs at least one layer")
         for config in (self.vision_config, self.second_vision_config):
             if isinstance(config, PreTrainedConfig):
                 check_encoder(config)

@@ -152,8 +152,9 @@ class VisionLanguageModel(EncodesImages, PreTrainedModel, GenerationMixin):
                 media_index, document_start = self.index_media(input_ids, shown, position_ids)
         layer_kwargs: dict[str, Any] = {}
         if visual is not None and self.config.fusion == "early":
-            if input_ids is not None:
-                inputs_embeds = self._scatter(input_ids, inputs_embeds, visual)
+            if input_ids is None:
+                raise ValueError("images need input_ids, too: their places can't be found in inputs_embeds")
+            inputs_embeds = self._scatter(input_ids, inputs_embeds, visual, unseen=media_index is not None)
         elif visual is not None:
             if media_layout is None:
                 if media_index is None or document_start is None:
@@ -186,9 +187,15 @@ class VisionLanguageModel(EncodesImages, PreTrainedModel, GenerationMixin):
             document_start=document_start,
         )
 
-    def _scatter(self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, visual: Visual) -> torch.Tensor:
+    def _scatter(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, visual: Visual, unseen: bool
+    ) -> torch.Tensor:
+        """unseen: the images may be there for no token at all, so that the vision path runs on every rank."""
         tokens = visual.tokens.to(inputs_embeds.dtype)
         mask = (input_ids == self.config.image_token_id).unsqueeze(-1)
+        found = int(mask.sum())
+        if found != len(tokens) and not (unseen and not found):
+            raise ValueError(f"the text has {found} image tokens, but its {len(visual)} images need {len(tokens)}")
         return inputs_embeds.masked_scatter(mask, tokens)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -67,8 +67,10 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token:
         raise UserError("the chat template can't render a message of a user; give another one")
     if text is None:
         template = OPEN + TEXT_TO_PARTS + CLOSE + template
-    elif parts is None:
+    elif parts is None or not _shows_images(template, tokenizer, image_token):
         template = OPEN + PARTS_TO_TEXT.replace("IMAGE", image_token) + CLOSE + template
+    if not _shows_images(template, tokenizer, image_token):
+        raise UserError(f"the chat template shows no images (it writes no {image_token}); give another one")
     if tokenizer.eos_token is not None and not _ends(template, tokenizer):
         template = WITH_ENDS + template
     begin = tokenizer.bos_token
@@ -85,6 +87,11 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token:
     raise UserError(
         f"the tokenizer begins a chat in a way that {begin} before the chat template doesn't; give another one"
     )
+
+
+def _shows_images(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> bool:
+    said = _rendered(template, tokenizer, [{"type": "image"}, {"type": "text", "text": MARK}])
+    return said is not None and said.count(image_token) == 1
 
 
 def _ends(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -11,6 +11,8 @@ from serve.media import Limits
 from vlm.errors import UserError
 
 SECONDS = 20.0
+# IPv6 that leads to IPv4: "compatible" addresses (RFC 4291) and those of translators (RFC 6052)
+TRANSLATED = (ipaddress.ip_network("::/96"), ipaddress.ip_network("64:ff9b::/96"))
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
@@ -33,7 +35,7 @@ async def public_addresses(host: str, port: int) -> list[str]:
     except OSError:
         raise UserError(f"image_url: there is no {host}") from None
     addresses = [str(address[0]) for *_, address in found]
-    if not all(ipaddress.ip_address(address.partition("%")[0]).is_global for address in addresses):
+    if not all(_is_public(ipaddress.ip_address(address.partition("%")[0])) for address in addresses):
         raise UserError(f"image_url: {host} has an address that is not public")
     return addresses
 
@@ -73,6 +75,16 @@ async def _get(asked: httpx.URL, address: str) -> bytes:
             if len(data) > Limits.image_bytes:
                 raise UserError(f"image_url: the image is over the limit of {Limits.image_bytes:,} bytes")
         return data
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Also not one that stands for a host of a network behind it, in an IPv6 address that leads to an IPv4 one."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.sixtofour or address.teredo or address.is_site_local or any(address in net for net in TRANSLATED):
+            return False
+        if address.ipv4_mapped is not None:
+            return _is_public(address.ipv4_mapped)
+    return address.is_global and not address.is_multicast
 
 
 def _is_address(host: str) -> bool:

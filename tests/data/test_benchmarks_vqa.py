@@ -155,7 +155,8 @@ def test_a_mark_counts_as_touching_a_space_anywhere_in_the_text() -> None:
     assert process("red-blue green") == "red blue green"
 
 
-PLAIN = st.lists(st.text("bcdefgh", min_size=3, max_size=6), min_size=1, max_size=4).map(" ".join)
+WORD = st.text("bcdfghk", min_size=3, max_size=6)  # without vowels, so that none is a contraction ("hed" is one)
+PLAIN = st.lists(WORD, min_size=1, max_size=4).map(" ".join)
 
 
 @given(words=PLAIN, mark=st.sampled_from(list(';/[]"{}()=+\\_-><@`,?!')))

@@ -51,7 +51,13 @@ def test_allowed_urls_pass() -> None:
         check_url("https://images.example/a.png", [])
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "fe80::1%eth0", "0.0.0.0"])
+PRIVATE = (
+    "127.0.0.1 10.1.2.3 169.254.169.254 ::1 fe80::1%eth0 0.0.0.0 224.0.0.1 ff02::1 fec0::1 ::ffff:127.0.0.1 ::7f00:1 "
+    "64:ff9b::7f00:1 2002:7f00:1:: 2001:0:7f00:1::"
+).split()
+
+
+@pytest.mark.parametrize("address", PRIVATE)
 def test_names_of_private_addresses_are_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(*_: Any, **__: Any) -> list[Any]:
         kind = socket.AF_INET6 if ":" in address else socket.AF_INET

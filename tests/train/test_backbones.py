@@ -1,5 +1,8 @@
 """Saved encoders and language models of transformers, put together by a recipe and trained."""
 
+import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
+    AutoTokenizer,
     BitImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -20,6 +26,7 @@ from transformers import (
     SiglipModel,
 )
 
+from serve.torch_engine import find_eos_ids
 from tests.train.recipes import chat_recipe, write_recipe
 from train.loop import run_training
 from train.parts import manifest, split_into_parts
@@ -51,6 +58,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path
     Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tiny_tokenizer), **words, **ids)).save_pretrained(folder / "qwen3")
     tiny_tokenizer.save_pretrained(folder / "qwen3")
     return folder
+
+
+def copied(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target)
+    return target
 
 
 def composed(scenes: Path, saved: Path, fusion: str, **model: Any) -> dict[str, Any]:
@@ -111,10 +123,7 @@ TEXT_ONLY = (
 def test_a_tokenizer_that_knows_no_images_learns_to_show_them_and_to_end(
     scenes: Path, saved: Path, tmp_path: Path, template: str | None
 ) -> None:
-    folder = tmp_path / "lm"
-    folder.mkdir()
-    for path in (saved / "qwen3").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = copied(saved / "qwen3", tmp_path / "lm")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -138,13 +147,65 @@ def test_a_tokenizer_that_knows_no_images_learns_to_show_them_and_to_end(
     assert tokens.input_ids[: len(asked)] == asked
 
 
+def test_code_of_a_tokenizer_is_never_run_whoever_says_yes(
+    scenes: Path,
+    saved: Path,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copied(saved / "qwen3", tmp_path / "lm")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **TOWER)).save_pretrained(folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    path = write_recipe(tmp_path / "r.yaml", composed(scenes, saved, "early", language={"pretrained": str(folder)}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    assert main(["train", str(path), "--out", str(tmp_path / "run")]) == 1
+    assert "asks to run code from the folder (auto_map); that is never done" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_end_that_the_language_model_knows_or_the_template_teaches_ends_an_answer(
+    scenes: Path, saved: Path, tmp_path: Path
+) -> None:
+    folder = copied(saved / "qwen3", tmp_path / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    own, other, taught = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|system|>", "<|pad|>"))
+    template = "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}<|pad|>"
+    tokenizer.chat_template = template + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [own, other]}))
+    settings = composed(scenes, saved, "early", language={"pretrained": str(folder)})
+    run = run_training(load_recipe(write_recipe(tmp_path / "r.yaml", settings)), tmp_path / "run")
+    model, processor = load(run.model)
+    assert model.generation_config.eos_token_id == [own, other, taught]
+    assert find_eos_ids(model, processor) == {own, other, taught}
+
+
+def test_a_saved_encoders_preprocessing_is_kept_and_a_broken_one_named(
+    scenes: Path, saved: Path, tmp_path: Path
+) -> None:
+    folder = copied(saved / "dinov2", tmp_path / "eyes")
+    own = {"size": {"height": 64, "width": 64}, "do_center_crop": False, "do_normalize": False, "image_mean": MEAN}
+    BitImageProcessorPil(**own).save_pretrained(folder)
+    settings = composed(scenes, saved, "early", vision={"pretrained": str(folder)})
+    path = write_recipe(tmp_path / "r.yaml", settings)
+    _, processor = load(run_training(load_recipe(path), tmp_path / "run").model)
+    made = processor.image_processor
+    assert (made.do_center_crop, made.do_normalize) == (False, False)
+    assert (made.size.height, made.size.width) == (48, 48)  # the whole picture, at the encoder's own size
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: not valid JSON"):
+        run_training(load_recipe(path), tmp_path / "again")
+
+
 def test_an_untied_language_model_without_its_head_is_refused(
     scenes: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "headless"
-    folder.mkdir()
-    for path in (saved / "qwen3").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = copied(saved / "qwen3", tmp_path / "headless")
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -283,6 +283,17 @@ def test_a_save_takes_the_place_of_an_older_folder_with_nothing_left_of_it(
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_through_a_link_its_target_is_written(loaded_models: LoadedModels, tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    save(*loaded_models("early", "mlp"), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    load(tmp_path / "real")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
 def test_a_file_is_never_displaced_by_a_folder(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     with (

@@ -104,3 +104,16 @@ def test_more_or_fewer_pictures_than_placeholders_are_refused_with_both_counts(
         pixels = processor.pixels([picture(n) for n in range(count)]) if count else {}
         with pytest.raises(ValueError, match=f"{each} image tokens, but its {count} images need {each * count}"):
             model(**inputs, **pixels)
+
+
+def test_images_whose_places_cannot_be_found_are_refused(loaded_models: LoadedModels) -> None:
+    model, processor = loaded_models("early", "mlp")
+    inputs = pad_left(processor, [user(None, "what is this?")])
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ValueError, match="images need input_ids"):
+        model(inputs_embeds=embeddings, **processor.pixels([picture(1)]))
+    cache = model(input_ids=torch.tensor([[20, 21]]), use_cache=True).past_key_values
+    for count in (2, 3):
+        pixels = processor.pixels([picture(n) for n in range(count)])
+        with pytest.raises(ValueError, match=f"16 image tokens, but its {count} images need {16 * count}"):
+            model(input_ids=inputs["input_ids"], past_key_values=cache, **pixels)

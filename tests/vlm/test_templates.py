@@ -23,8 +23,8 @@ TEXT = (
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
 )
 EITHER = (
-    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}"
-    "{% endfor %}"
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}{% endif %}{% endfor %}"
 )
 
 
@@ -104,7 +104,7 @@ def test_what_a_person_wrote_may_be_stripped_at_either_end(llama: Any) -> None:
 def test_a_template_that_takes_both_stays_as_it_is(tiny_tokenizer: Any) -> None:
     own = tiny_tokenizer.chat_template
     assert fit_template(own, tiny_tokenizer, "<image>") == own
-    ending = EITHER.replace("{% endfor %}", "{{ eos_token }}{% endfor %}")
+    ending = EITHER.replace("{% endif %}{% endfor %}", "{% endif %}{{ eos_token }}{% endfor %}")
     assert fit_template(ending, tiny_tokenizer, "<image>") == ending
 
 
@@ -118,6 +118,16 @@ def test_an_answer_teaches_its_end(llama: Any, template: str) -> None:
         assert learned.count(llama.eos_token_id) == tokens.input_ids.count(llama.eos_token_id) == 2
         assert learned[-1] == llama.eos_token_id
     assert fit_template(fitted, llama, "<image>") == fitted
+
+
+def test_a_template_that_shows_no_images_is_made_to_or_refused(llama: Any) -> None:
+    hides = EITHER.replace("else '<image>'", "else ''")
+    encoder = ChatEncoder(llama, fit_template(hides, llama, "<image>"), "<image>")
+    tokens = encoder.encode(chat([IMAGE, text("what?")]), [3])
+    assert tokens.input_ids.count(llama.convert_tokens_to_ids("<image>")) == 3
+    only_parts = PARTS.replace("{{ '<image>\n' }}", "")
+    with pytest.raises(UserError, match="shows no images"):
+        fit_template(only_parts, llama, "<image>")
 
 
 def test_a_template_that_renders_nothing_is_refused(tiny_tokenizer: Any) -> None:
