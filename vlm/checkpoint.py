@@ -175,12 +175,15 @@ def pin_tokenizer(folder: Path, **settings: str) -> None:
 def written_aside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place when the block ends well, and vanishes when it doesn't."""
     folder = folder.resolve()  # "." has no name, and a link would be replaced instead of what it leads to
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: a file, where a folder is to be written")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: a file, where a folder is to be written")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror})") from None
     try:
         yield partial
         if folder.exists():
@@ -228,7 +231,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. UserError when it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")

@@ -294,6 +294,14 @@ def test_through_a_link_its_target_is_written(loaded_models: LoadedModels, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
+def test_a_place_where_nothing_can_be_written_is_named(loaded_models: LoadedModels, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "below", tmp_path / ("n" * 300)):
+        with pytest.raises(UserError, match=r"(below|nnn): can't be written \((File exists|File name too long)"):
+            save(*loaded_models("early", "mlp"), place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_file_is_never_displaced_by_a_folder(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     with (
