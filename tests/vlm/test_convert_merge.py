@@ -21,13 +21,13 @@ from vlm.convert.merge import dequantise
 TARGETS = r"language_model\..*\.(q_proj|down_proj)|multi_modal_projector\.layers\.0"
 
 
-def train_lora(base: Path, folder: Path, model: Any = None, **settings: Any) -> Path:
+def train_lora(base: Path, folder: Path, model: Any = None, std: float = 0.2, **settings: Any) -> Path:
     """An adapter over a base whose weights aren't zero."""
     torch.manual_seed(0)
     lora = get_peft_model(model or load(base)[0], LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, **settings))
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=std)
     lora.peft_config["default"].base_model_name_or_path = str(base)
     lora.save_pretrained(folder)
     return folder

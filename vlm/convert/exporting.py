@@ -56,7 +56,7 @@ def export_model(model: str, to: str, out: Path, progress: Progress) -> Differen
         card = model_card(source.config, out.absolute().name, source.folder, source.adapter, parameters, to)
         (partial / "README.md").write_text(card, encoding="utf-8")
         got = _llava_logits(partial, source, reading) if as_llava else _own_logits(partial, reading)
-        return compare(reading.expected, got, precision)
+        return compare(reading.expected, got, precision, reading.base)
 
 
 def _renamed(source: Source, tensors: Tensors) -> Tensors:

@@ -40,11 +40,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """A model that was asked: what it was asked, and the logits that it gave."""
+    """A model that was asked: what it was asked, the logits that it gave, and those without its adapter, if any."""
 
     processor: VisionLanguageProcessor
     probe: Probe
     expected: list[torch.Tensor]
+    base: list[torch.Tensor] | None = None
 
 
 def open_source(name: str) -> Source:
@@ -75,7 +76,11 @@ def read_source(source: Source) -> tuple[Reading, Tensors]:
     text: Any = source.config.text_config
     probe = make_probe(processor, text.vocab_size, context_length(text))
     attached = model if source.adapter is None else attach_adapter(model, source.adapter)
-    expected = logits(attached, probe)
+    base = None
+    if source.adapter is not None:
+        with attached.disable_adapter():
+            base = logits(attached, probe)
+    reading = Reading(processor, probe, logits(attached, probe), base)
     if source.quantised:
         del model, attached
         release()
@@ -83,10 +88,10 @@ def read_source(source: Source) -> tuple[Reading, Tensors]:
     elif (streamed := _streamed(source)) is not None:
         del model, attached
         release()
-        return Reading(processor, probe, expected), streamed
+        return reading, streamed
     else:
         model = fold(attached)
-    return Reading(processor, probe, expected), InMemory(file_tensors(model))
+    return reading, InMemory(file_tensors(model))
 
 
 def _streamed(source: Source) -> Tensors | None:
