@@ -114,6 +114,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / "processor_config.json", image_processor={"image_processor_type": "PixtralImageProcessor"}),
         "prepared by PixtralImageProcessor, which is unknown here",
     ),
+    "quantised weights": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "its weights are quantised .bitsandbytes.; import the model that it was made of",
+    ),
     "another kind of model": (
         lambda f: edit(f / "config.json", model_type="bert"),
         "a 'bert' model; .* can be imported",

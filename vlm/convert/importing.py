@@ -8,7 +8,7 @@ from vlm.convert import flamingo, llava, original
 from vlm.convert.images import image_processor, read_image_settings
 from vlm.convert.imported import NO_TEMPLATE, Imported, check_vocabulary, write_imported
 from vlm.convert.keys import dropped, from_llava, match, skeleton
-from vlm.convert.sources import check_target, read_chat_template, read_settings, read_tokenizer
+from vlm.convert.sources import check_target, read_chat_template, read_settings, read_tokenizer, refuse_quantised
 from vlm.convert.tensors import Progress, Renamed, SafetensorsFiles, weight_files
 from vlm.errors import UserError
 from vlm.hub import PICKLES, SETTINGS, WEIGHTS, fetch
@@ -66,6 +66,7 @@ def read_llava(folder: Path, written: dict[str, Any], chat_template: Path | None
     """A LLaVA or LLaVA-NeXT folder of transformers 4.x or 5.x."""
     where = str(folder)
     check_source(folder)
+    refuse_quantised(written, where)
     config = llava.read_config(written, where)
     frame = skeleton(config)
     files = SafetensorsFiles(weight_files(folder))

@@ -34,6 +34,9 @@ from vlm.tokenization import IMAGE_TOKEN, add_image_token, fill_padding_token
 LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 TOP_LEVEL_ONLY = re.compile(r"(mm|tune|freeze|unfreeze|image|tokenizer|use_mm)_|(architectures|auto_map|torch_dtype)$")
 PROJECTOR = "mm_projector"
+UNREAD = "mm_use_im_start_end s2 mm_resampler_type mm_spatial_pool_mode mm_spatial_pool_stride".split()
+# image_aspect_ratio: others tile or scale in ways of their own (anyres_max_9, highres)
+ASPECTS = (None, "square", "pad", "anyres")
 
 
 def is_original(written: Mapping[str, Any]) -> bool:
@@ -167,9 +170,12 @@ def _renamed(source: Tensors) -> Tensors:
 
 
 def _refuse_unknown(written: Mapping[str, Any], where: str) -> None:
-    for name in ("mm_use_im_start_end", "s2", "mm_resampler_type"):
+    for name in UNREAD:
         if written.get(name):
             raise UserError(f"{where}: {name} {written[name]!r} in its config.json is not supported")
+    if (aspect := written.get("image_aspect_ratio")) not in ASPECTS:
+        known = ", ".join(str(name) for name in ASPECTS[1:])
+        raise UserError(f"{where}: image_aspect_ratio {aspect!r} in its config.json is not supported; {known} are")
 
 
 def _connector(kind: str, where: str) -> dict[str, Any]:

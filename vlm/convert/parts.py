@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
-from vlm.convert.sources import read_settings, read_tokenizer
+from vlm.convert.sources import read_settings, read_tokenizer, refuse_quantised
 from vlm.convert.tensors import (
     INDEX,
     Joined,
@@ -66,9 +66,11 @@ def read_language_model(name: str) -> Part:
 
 
 def make_config(written: Mapping[str, Any], where: str) -> PreTrainedConfig:
-    """transformers' configuration of these settings. UserError for a kind that the installed version doesn't know."""
+    """transformers' configuration of these settings. UserError for a kind that the installed version doesn't know, and
+    for quantised weights (those that a LoRA was trained over don't matter: its base is read in full)."""
+    refuse_quantised(written, where)
     kind = written.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UserError(f"{where}: a model of the unknown kind {kind!r}")
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(dict(written))

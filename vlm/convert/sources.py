@@ -1,5 +1,6 @@
 """What else lies in a model folder: settings, tokenizer, chat template. Code in it is never run."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ def read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase, given: 
             return template
     own = tokenizer.chat_template
     return own if isinstance(own, str) else None
+
+
+def refuse_quantised(written: Mapping[str, Any], where: str) -> None:
+    """UserError for packed weights: they would have to be unpacked before anything can be made of them."""
+    if settings := written.get("quantization_config"):
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise UserError(f"{where}: its weights are quantised ({method}); import the model that it was made of")
 
 
 def check_target(out: Path) -> None:
