@@ -170,7 +170,7 @@ def test_a_wrong_hub_id_is_told_from_a_network_that_fails(tmp_path: Path, monkey
         from huggingface_hub.errors import RepositoryNotFoundError
 
         asked.extend(allow_patterns)
-        request = httpx.Request("GET", "https://huggingface.co")
+        request = httpx.Request("GET", "https://hub.example")
         raise RepositoryNotFoundError("401 Client Error.", response=httpx.Response(401, request=request))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unknown)
