@@ -1,6 +1,7 @@
 """Import and export of transformers' LLaVA: the same tensors, the same logits, and one sentence for what is broken."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,22 @@ def test_every_layout_gives_the_same_tensors_and_the_logits_of_transformers(
     assert_equal(held(imported), expected)
     assert set(load(imported)[0].state_dict()) == set(expected)  # and these are all
     torch.testing.assert_close(ours(imported), theirs(llava), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_other_files_beside_the_weights_are_no_part_of_them(
+    llava: Path, copied: Path, tmp_path: Path, indexed: bool
+) -> None:
+    weights = copied / "model.safetensors"
+    shutil.copy(weights, copied / "model.fp16.safetensors")
+    save_file({"x": torch.zeros(2)}, copied / "training_args.safetensors")
+    names = dict.fromkeys(load_file(weights), "model-00001-of-00001.safetensors")
+    if indexed:
+        weights.rename(copied / "model-00001-of-00001.safetensors")
+    else:  # left by another version: transformers reads the one file
+        names = {"gone": "model-00001-of-00002.safetensors"}
+    (copied / tensors.INDEX).write_text(json.dumps({"weight_map": names}))
+    assert_equal(held(take(copied, tmp_path / "out")), held(take(llava, tmp_path / "expected")))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

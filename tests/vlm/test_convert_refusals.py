@@ -47,6 +47,15 @@ def retokenize(folder: Path) -> None:
 def index_without_shard(folder: Path) -> None:
     name = "model-00001-of-00002.safetensors"
     (folder / tensors.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+
+
+def index(weight_map: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / tensors.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    return change
 
 
 def twice(folder: Path) -> None:
@@ -70,6 +79,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.safetensors: the weights are cut off or broken",
     ),
     "a missing shard": (index_without_shard, "names model-00001-of-00002.safetensors, which is not there"),
+    "an index of numbers": (index({"a": 5}), "index.json: not an index of tensors .its weight_map must give each"),
+    "an index of nothing": (index({}), "index.json: not an index of tensors .its weight_map must give each"),
+    "a list for an index": (index(["a"]), "index.json: not an index of tensors .no weight_map in it"),
     "the same twice": (twice, "b.safetensors: holds .*, and so does a.safetensors"),
     "code of its own": (lambda f: edit(f / "config.json", auto_map={"AutoModel": "evil.M"}), "run code .*auto_map"),
     "code for images": (

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBa
 from vlm.convert.sources import read_settings, read_tokenizer, refuse_quantised
 from vlm.convert.tensors import (
     INDEX,
+    SINGLE,
     Joined,
     PickledTensors,
     Renamed,
@@ -81,13 +82,13 @@ def make_config(written: Mapping[str, Any], where: str) -> PreTrainedConfig:
 
 def any_weights(folder: Path) -> Tensors:
     """A folder's weights: safetensors, or else pickles that hold nothing but tensors."""
-    if (folder / INDEX).is_file() or (folder / "model.safetensors").is_file():
+    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
         return SafetensorsFiles(weight_files(folder))
     if (folder / f"{PICKLED}.index.json").is_file():
         return Joined([PickledTensors(path) for path in index_files(folder, f"{PICKLED}.index.json")])
     if (folder / PICKLED).is_file():
         return PickledTensors(folder / PICKLED)
-    raise UserError(f"{folder}: no weights in it (model.safetensors or {PICKLED})")
+    raise UserError(f"{folder}: no weights in it ({SINGLE} or {PICKLED})")
 
 
 class Grown:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from vlm.errors import UserError, first_line
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
 Shape = tuple[int, ...]
@@ -107,7 +108,10 @@ class InMemory:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those that its index names, or all. UserError where one is missing."""
+    """The safetensors files of a model folder, as transformers chooses them: the one of the common name, or those that
+    its index names (UserError where one is missing), or, without either, all. Others beside them are no part of it."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     return index_files(folder, INDEX) if (folder / INDEX).is_file() else sorted(folder.glob("*.safetensors"))
 
 
@@ -116,8 +120,10 @@ def index_files(folder: Path, name: str) -> list[Path]:
     index = folder / name
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index}: not an index of tensors (no weight_map in it)") from None
+    if not files or not all(isinstance(file, str) for file in files):
+        raise UserError(f"{index}: not an index of tensors (its weight_map must give each a file's name)")
     for file in files:
         if Path(file).name != file or not (folder / file).is_file():
             raise UserError(f"{folder}: {name} names {file}, which is not there")
@@ -150,7 +156,7 @@ def plan_shards(shapes: Mapping[str, Shape], itemsize: int, limit: int) -> list[
         groups[-1].append(name)
         size += bytes_here
     if len(groups) == 1:
-        return [Shard("model.safetensors", tuple(groups[0]))]
+        return [Shard(SINGLE, tuple(groups[0]))]
     total = len(groups)
     return [Shard(f"model-{n:05}-of-{total:05}.safetensors", tuple(group)) for n, group in enumerate(groups, 1)]
 
