@@ -209,6 +209,10 @@ def test_a_template_of_ones_own_is_taken(copied: Path, tmp_path: Path) -> None:
     assert load(imported)[1].chat_template.endswith(template)
     with pytest.raises(UserError, match=r"none.jinja: cannot be read"):
         take(copied, tmp_path / "other", chat_template=tmp_path / "none.jinja")
+    for text, complaint in ((" ", "the chat template is empty"), ("{{ a", "the chat template can't render a message")):
+        (tmp_path / "mine.jinja").write_text(text)
+        with pytest.raises(UserError, match=f"mine.jinja: {complaint}"):
+            take(copied, tmp_path / "other", chat_template=tmp_path / "mine.jinja")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -287,70 +286,16 @@ def test_a_slow_tokenizer_asks_for_what_reads_it(folder: Path, tmp_path: Path, m
         take(folder, tmp_path / "out")
 
 
-class Evil:
-    def __reduce__(self) -> Any:
-        return (print, ("run",))
-
-
-def spoil_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model.bin")
-
-
-def odd_lora(**settings: Any) -> Callable[[Path], object]:
-    return lambda folder: lora_checkpoint(folder, folder.parent / "lm", **settings)
-
-
-def lora_of_elsewhere(folder: Path) -> None:
-    lora = lora_checkpoint(folder, folder.parent / "lm")
-    torch.save(
-        {name.replace("layers.1", "layers.9"): tensor for name, tensor in lora.items()}, folder / "adapter_model.bin"
-    )
-
-
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a pickle with code": (spoil_pickle, "holds more than tensors, and such a pickle is never loaded"),
-    "no pickle": (
-        lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin").write_bytes(b"nothing")),
-        "pytorch_model.bin: ",
-    ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights in it"),
-    "no tower": (lambda f: edit(f / "config.json", mm_vision_tower="/none"), "/none: no such model folder"),
-    "a tower of another width": (
-        lambda f: edit(f.parent / "tower" / "config.json", vision_config={**VISION, "hidden_size": 16}),
-        "of another shape",
-    ),
-    "another connector": (
-        lambda f: edit(f / "config.json", mm_projector_type="cabstract"),
-        "'cabstract' is not support",
-    ),
-    "another merge": (
-        lambda f: edit(
-            f / "config.json",
-            image_aspect_ratio="anyres",
-            mm_patch_merge_type="spatial",
-            image_grid_pinpoints=[[32, 64]],
-        ),
-        "mm_patch_merge_type 'spatial' is not supported; spatial_unpad and flat are",
-    ),
-    "tiles by another rule": (
-        lambda f: edit(f / "config.json", image_aspect_ratio="anyres_max_9", image_grid_pinpoints=[[32, 64]]),
-        "image_aspect_ratio 'anyres_max_9' in its config.json is not supported; square, pad, anyres are",
-    ),
-    "another scaling": (lambda f: edit(f / "config.json", image_aspect_ratio="highres"), "'highres' in its config"),
-    "pooled patches": (lambda f: edit(f / "config.json", mm_spatial_pool_mode="average"), "mm_spatial_pool_mode"),
-    "a stride over patches": (lambda f: edit(f / "config.json", mm_spatial_pool_stride=2), "mm_spatial_pool_stride 2"),
-    "quantised": (lambda f: edit(f / "config.json", quantization_config={"quant_method": "awq"}), "quantised .awq."),
-    "marks around images": (lambda f: edit(f / "config.json", mm_use_im_start_end=True), "mm_use_im_start_end True"),
-    "another adapter": (odd_lora(use_dora=True), "of another kind than plain LoRA .use_dora"),
-    "an adapter of elsewhere": (lora_of_elsewhere, "fits no language_model.model.layers.9"),
-}
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_what_is_broken_is_refused(folder: Path, tmp_path: Path, what: str) -> None:
-    change, complaint = BROKEN[what]
-    change(folder)
-    with pytest.raises(UserError, match=complaint):
-        take(folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("written", "pinpoints"),
+    [
+        ("[[32, 64], (96, 32)]", [[64, 32], [32, 96]]),
+        ("(1x1),...,(2x3)", [[32, 32], [64, 32], [96, 32], [32, 64], [64, 64], [96, 64]]),
+    ],
+)
+def test_sizes_of_tiles_may_be_written_as_text(
+    folder: Path, tmp_path: Path, written: str, pinpoints: list[list[int]]
+) -> None:
+    edit(folder / "config.json", image_aspect_ratio="anyres", image_grid_pinpoints=written)
+    out = take(folder, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tiling"]["pinpoints"] == pinpoints

@@ -126,6 +126,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / "processor_config.json", image_processor={"image_processor_type": "PixtralImageProcessor"}),
         "prepared by PixtralImageProcessor, which is unknown here",
     ),
+    "an image token below": (lambda f: edit(f / "config.json", image_token_index=-1), "has no image token"),
+    "a kind that is no name": (
+        lambda f: edit(f / "config.json", model_type=[]),
+        "the model_type in its config.json is .., and no name",
+    ),
+    "an empty chat template": (lambda f: (f / "chat_template.jinja").write_text("\n"), "the chat template is empty"),
+    "a broken chat template": (
+        lambda f: (f / "chat_template.jinja").write_text("{% for m in messages %}{{ m.a"),
+        "the chat template can't render a message of a user",
+    ),
     "quantised weights": (
         lambda f: edit(f / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         "its weights are quantised .bitsandbytes.; import the model that it was made of",

@@ -24,7 +24,7 @@ from vlm.convert.parts import (
     read_tower,
 )
 from vlm.convert.sources import read_chat_template
-from vlm.convert.tensors import InMemory, Joined, PickledTensors, Renamed, Tensors
+from vlm.convert.tensors import Floats, InMemory, Joined, PickledTensors, Renamed, Tensors
 from vlm.errors import UserError
 from vlm.fusion import gated_layer_indices
 from vlm.templates import fit_template
@@ -92,10 +92,10 @@ def read_flamingo(path: Path, base: str | None, vision_tower: str | None, chat_t
     head = f"language_model.{frame.head}.weight"
     joined = Cut(Joined([tower.tensors, text.tensors, own]), head, text_config.vocab_size)
     used = match(joined, {name: name for name in joined.shapes}, frame, where)
-    template = read_chat_template(path.parent, tokenizer, chat_template)
+    template = read_chat_template(path.parent, tokenizer, chat_template, IMAGE_TOKEN)
     notes = []
     if template is None:
-        template = CHUNKS
+        template = fit_template(CHUNKS, tokenizer, IMAGE_TOKEN)
         notes.append(
             "no chat template: texts are joined as they are, answers end with <|endofchunk|> (--chat-template FILE)"
         )
@@ -103,10 +103,10 @@ def read_flamingo(path: Path, base: str | None, vision_tower: str | None, chat_t
     generation = {**(read_generation(text.folder) or {}), "eos_token_id": [tokenizer.eos_token_id, end]}
     return Imported(
         config,
-        Renamed(joined, used),
+        Floats(joined, used, where),
         tokenizer,
         IMAGE_TOKEN,
-        fit_template(template, tokenizer, IMAGE_TOKEN),
+        template,
         image_processor(read_image_settings(tower.folder), str(tower.folder)),
         generation,
         notes,

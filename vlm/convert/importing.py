@@ -9,10 +9,9 @@ from vlm.convert.images import image_processor, read_image_settings
 from vlm.convert.imported import NO_TEMPLATE, Imported, check_vocabulary, write_imported
 from vlm.convert.keys import dropped, from_llava, match, skeleton
 from vlm.convert.sources import check_target, read_chat_template, read_settings, read_tokenizer, refuse_quantised
-from vlm.convert.tensors import Progress, Renamed, SafetensorsFiles, weight_files
+from vlm.convert.tensors import Floats, Progress, SafetensorsFiles, weight_files
 from vlm.errors import UserError
 from vlm.hub import PICKLES, SETTINGS, WEIGHTS, fetch
-from vlm.templates import fit_template
 
 
 def import_model(
@@ -34,6 +33,8 @@ def import_model(
         return imported.notes
     folder = fetch(source)
     written = read_settings(folder / "config.json")
+    if not isinstance(written.get("model_type"), str):
+        raise UserError(f"{source}: the model_type in its config.json is {written.get('model_type')!r}, and no name")
     if original.is_original(written):
         folder = fetch(source, *SETTINGS, *WEIGHTS, *PICKLES)
         imported = original.read_original(folder, written, base, vision_tower, chat_template)
@@ -77,13 +78,15 @@ def read_llava(folder: Path, written: dict[str, Any], chat_template: Path | None
     if left := dropped(files, used):
         notes.append(f"left out, since every model makes them anew: {', '.join(left)}")
     tokenizer = read_tokenizer(folder)
-    token = tokenizer.convert_ids_to_tokens(config.image_token_id) if config.image_token_id < len(tokenizer) else None
+    token = (
+        tokenizer.convert_ids_to_tokens(config.image_token_id) if 0 <= config.image_token_id < len(tokenizer) else None
+    )
     if token is None or config.image_token_id not in tokenizer.added_tokens_decoder:
         raise UserError(
             f"{where}: its tokenizer has no image token (number {config.image_token_id}, as its config.json says)"
         )
     check_vocabulary(tokenizer, config, where)
-    template = read_chat_template(folder, tokenizer, chat_template)
+    template = read_chat_template(folder, tokenizer, chat_template, token)
     if template is None:
         raise UserError(NO_TEMPLATE.format(folder=folder))
     images = read_image_settings(folder)
@@ -93,10 +96,10 @@ def read_llava(folder: Path, written: dict[str, Any], chat_template: Path | None
     generation = folder / "generation_config.json"
     return Imported(
         config,
-        Renamed(files, used),
+        Floats(files, used, where),
         tokenizer,
         token,
-        fit_template(template, tokenizer, token),
+        template,
         image_processor(images, where),
         read_settings(generation) if generation.is_file() else None,
         notes,

@@ -3,6 +3,7 @@
 What they hold is read off llava/model/llava_arch.py, llava/model/builder.py and llava/train/train.py of LLaVA 1.2.
 """
 
+import ast
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from vlm.convert.parts import (
     read_tower,
 )
 from vlm.convert.sources import read_chat_template
-from vlm.convert.tensors import Joined, PickledTensors, Renamed, Tensors
+from vlm.convert.tensors import Floats, Joined, PickledTensors, Renamed, Tensors
 from vlm.errors import UserError
 from vlm.templates import PLAIN, fit_template
 from vlm.tokenization import IMAGE_TOKEN, add_image_token, fill_padding_token
@@ -34,6 +35,7 @@ from vlm.tokenization import IMAGE_TOKEN, add_image_token, fill_padding_token
 LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 TOP_LEVEL_ONLY = re.compile(r"(mm|tune|freeze|unfreeze|image|tokenizer|use_mm)_|(architectures|auto_map|torch_dtype)$")
 PROJECTOR = "mm_projector"
+FEATURES = ("patch", "cls_patch")
 UNREAD = "mm_use_im_start_end s2 mm_resampler_type mm_spatial_pool_mode mm_spatial_pool_stride".split()
 # image_aspect_ratio: others tile or scale in ways of their own (anyres_max_9, highres)
 ASPECTS = (None, "square", "pad", "anyres")
@@ -52,6 +54,9 @@ def read_original(
     """A whole model, or with `base` a projector alone or a LoRA. `vision_tower` replaces what config.json names."""
     where = str(folder)
     _refuse_unknown(written, where)
+    layer = written.get("mm_vision_select_layer", -2)
+    if type(layer) is not int:
+        raise UserError(f"{where}: mm_vision_select_layer {layer!r} in its config.json is no number of a layer")
     tower = read_tower(vision_tower or str(written["mm_vision_tower"]))
     text, own, notes = _read_language_side(folder, written, base)
     tokenizer = read_tokenizer_of(text.config, folder, text.folder)
@@ -64,8 +69,8 @@ def read_original(
         vision_config=tower.config.to_dict(),
         text_config=text_config.to_dict(),
         connector=_connector(str(written.get("mm_projector_type", "linear")), where),
-        tiling=_tiling(written, where),
-        vision_feature_layer=int(written.get("mm_vision_select_layer", -2)),
+        tiling=_tiling(written, tower.config, where),
+        vision_feature_layer=layer,
         vision_feature_select=written.get("mm_vision_select_feature", "patch"),
         image_token_id=image_token_id,
         dtype=written.get("torch_dtype") or written.get("dtype"),
@@ -79,11 +84,12 @@ def read_original(
             f"{IMAGE_TOKEN} was added as token {image_token_id}; its row is the mean of the others, and never read"
         )
     used = match(joined, {name: name for name in joined.shapes}, frame, where)
-    template = read_chat_template(folder, tokenizer, chat_template)
+    template = read_chat_template(folder, tokenizer, chat_template, IMAGE_TOKEN)
     if template is None:
         if text_config.model_type != "llama":
             raise UserError(NO_TEMPLATE.format(folder=folder))
-        template = PLAIN.replace("<image>", IMAGE_TOKEN + _gap(tokenizer))
+        plain = PLAIN.replace("<image>", IMAGE_TOKEN + _gap(tokenizer))
+        template = fit_template(plain, tokenizer, IMAGE_TOKEN)
         notes.append(
             "no chat template in it: Vicuna's is used, as LLaVA 1.5 was trained with it (--chat-template FILE)"
         )
@@ -95,10 +101,10 @@ def read_original(
         )
     return Imported(
         config,
-        Renamed(joined, used),
+        Floats(joined, used, where),
         tokenizer,
         IMAGE_TOKEN,
-        fit_template(template, tokenizer, IMAGE_TOKEN),
+        template,
         image_processor(images, str(tower.folder)),
         read_generation(folder) or read_generation(text.folder),
         notes,
@@ -173,6 +179,11 @@ def _refuse_unknown(written: Mapping[str, Any], where: str) -> None:
     for name in UNREAD:
         if written.get(name):
             raise UserError(f"{where}: {name} {written[name]!r} in its config.json is not supported")
+    if (kept := written.get("mm_vision_select_feature", "patch")) not in FEATURES:
+        raise UserError(
+            f"{where}: mm_vision_select_feature {kept!r} in its config.json is not supported; "
+            f"{' and '.join(FEATURES)} are"
+        )
     if (aspect := written.get("image_aspect_ratio")) not in ASPECTS:
         known = ", ".join(str(name) for name in ASPECTS[1:])
         raise UserError(f"{where}: image_aspect_ratio {aspect!r} in its config.json is not supported; {known} are")
@@ -186,13 +197,31 @@ def _connector(kind: str, where: str) -> dict[str, Any]:
     return {"type": "mlp", "depth": int(found[1]), "activation": "gelu"}
 
 
-def _tiling(written: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """Their pinpoints are (width, height)."""
+def _tiling(written: Mapping[str, Any], vision: Any, where: str) -> dict[str, Any] | None:
     if written.get("image_aspect_ratio") != "anyres":
         return None
     merge = written.get("mm_patch_merge_type", "flat")
     modes = {"spatial_unpad": "anyres", "flat": "tiles"}
     if merge not in modes:
         raise UserError(f"{where}: mm_patch_merge_type {merge!r} is not supported; {' and '.join(modes)} are")
-    pinpoints = [[int(height), int(width)] for width, height in written["image_grid_pinpoints"]]
-    return {"mode": modes[merge], "pinpoints": pinpoints}
+    return {"mode": modes[merge], "pinpoints": _pinpoints(written.get("image_grid_pinpoints"), vision, where)}
+
+
+def _pinpoints(given: Any, vision: Any, where: str) -> list[list[int]]:
+    """Theirs are (width, height) in pixels, also as text, or of views from the first to the last: "(1x1),...,(6x6)"."""
+    try:
+        if isinstance(given, str) and (views := re.findall(r"\((\d+)x(\d+)\)", given)):
+            (width, height), (most_width, most_height) = (map(int, views[place]) for place in (0, -1))
+            edge = vision.image_size
+            return [
+                [high * edge, wide * edge]
+                for wide in range(width, most_width + 1)
+                for high in range(height, most_height + 1)
+            ]
+        pairs = ast.literal_eval(given) if isinstance(given, str) else given
+        return [[int(height), int(width)] for width, height in pairs]
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise UserError(
+            f"{where}: image_grid_pinpoints {given!r} in its config.json is no list of [width, height], which "
+            "image_aspect_ratio anyres needs"
+        ) from None

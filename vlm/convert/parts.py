@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vlm.convert.sources import read_settings, read_tokenizer, refuse_quantised
 from vlm.convert.tensors import (
@@ -62,6 +63,8 @@ def read_language_model(name: str) -> Part:
     """The causal LM of a folder or hub id."""
     folder = fetch(name, *SETTINGS, *WEIGHTS, *PICKLES)
     config = make_config(read_settings(folder / "config.json"), str(folder))
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{name}: a {config.model_type!r} model, where a causal language model is needed")
     held = any_weights(folder)
     return Part(folder, config, Renamed(held, {f"language_model.{own}": own for own in held.shapes}))
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from vlm.checkpoint import asks_for_code, read_object
 from vlm.errors import UserError, first_line
+from vlm.templates import fit_template
 
 NEEDED_BY_SLOW = ("sentencepiece", "google.protobuf")
 
@@ -53,21 +54,32 @@ def _installed(module: str) -> bool:
         return False
 
 
-def read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase, given: Path | None) -> str | None:
-    """The chat template: the file that was named, or else the folder's own, or None where it has none."""
+def read_chat_template(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, given: Path | None, image_token: str
+) -> str | None:
+    """The chat template, fitted (vlm.templates): of the file that was named, or else the folder's own, or None where it
+    has none. UserError for one that renders nothing."""
     if given is not None:
         try:
-            return given.read_text(encoding="utf-8")
+            template = given.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{given}: cannot be read ({error})") from None
+        return _fitted(template, tokenizer, image_token, given)
+    own: Any = tokenizer.chat_template
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if (folder / "chat_template.json").is_file():
-        template = read_settings(folder / "chat_template.json").get("chat_template")
-        if isinstance(template, str):
-            return template
-    own = tokenizer.chat_template
-    return own if isinstance(own, str) else None
+        own = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (folder / "chat_template.json").is_file():
+        own = read_settings(folder / "chat_template.json").get("chat_template") or own
+    return _fitted(own, tokenizer, image_token, folder) if isinstance(own, str) else None
+
+
+def _fitted(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str, where: Path) -> str:
+    if not template.strip():
+        raise UserError(f"{where}: the chat template is empty; give one with --chat-template FILE")
+    try:
+        return fit_template(template, tokenizer, image_token)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def refuse_quantised(written: Mapping[str, Any], where: str) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from vlm.errors import UserError, first_line
 
 SINGLE = "model.safetensors"
+ZIP = b"PK\x03\x04"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1 << 30
 Shape = tuple[int, ...]
@@ -56,17 +57,23 @@ class PickledTensors:
 
     def __init__(self, path: Path) -> None:
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:
+                zipped = file.read(len(ZIP)) == ZIP  # torch before 1.6 wrote bare pickles, which can't be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except pickle.UnpicklingError:
             raise UserError(f"{path}: holds more than tensors, and such a pickle is never loaded") from None
-        except (RuntimeError, ValueError, EOFError, OSError) as error:
+        except Exception as error:  # torch fails in many ways on broken files
             raise UserError(f"{path}: no checkpoint that can be read safely ({first_line(error)})") from None
         if isinstance(loaded, dict) and isinstance(loaded.get("model_state_dict"), dict):
             loaded = loaded["model_state_dict"]
-        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        if not isinstance(loaded, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+        ):
             raise UserError(f"{path}: not a mapping of names to tensors")
+        if odd := [name for name, tensor in loaded.items() if tensor.layout != torch.strided]:
+            raise UserError(f"{path}: {odd[0]} is a sparse tensor, and plain ones are needed; save it with to_dense()")
         self._tensors: dict[str, torch.Tensor] = loaded
         self.shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in loaded.items()}
 
@@ -94,6 +101,22 @@ class Renamed:
 
     def read(self, name: str) -> torch.Tensor:
         return self._source.read(self._names[name])
+
+
+class Floats(Renamed):
+    """A source under other names, of whose tensors each must hold floating-point numbers: UserError when one is read
+    that doesn't."""
+
+    def __init__(self, source: Tensors, names: Mapping[str, str], where: str) -> None:
+        super().__init__(source, names)
+        self._where = where
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = super().read(name)
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{self._where}: {self._names[name]} holds {kind}, and floating-point numbers are needed")
+        return tensor
 
 
 class InMemory:
