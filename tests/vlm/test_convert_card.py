@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tests.vlm.llavas import VISION
 from vlm import VisionLanguageConfig
 from vlm.convert.card import model_card
 
@@ -56,6 +58,38 @@ def test_a_run_is_told(run: Path) -> None:
     assert "| parameters | 1,234,567 |" in said
     assert "| numbers | bfloat16 |" in said
     assert said.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_what_a_run_went_on_from_is_told_without_its_place(run: Path) -> None:
+    recipe = "model: {pretrained: /home/somebody/base, fusion: early, connector: {type: mlp}}\nseed: 3\n"
+    stages = "stages: [{name: chat, steps: 2, data: [{path: /home/somebody/data/rows.jsonl, images: ../somebody/i}]}]\n"
+    (run / "recipe.yaml").write_text(recipe + stages)
+    said = card(run / "model")
+    assert "somebody" not in said
+    shown = yaml.safe_load(said.split("```yaml")[1].split("```")[0])
+    assert shown["model"] == {"pretrained": "base"}
+    assert shown["stages"][0]["data"] == [{"path": "rows.jsonl", "images": "i"}]
+    assert shown["seed"] == 3
+    assert "| chat | 2 | None |  | rows.jsonl |" in said
+    kept = "model: {pretrained: null, fusion: deep, vision: {pretrained: org/clip}}\n"
+    (run / "recipe.yaml").write_text(kept)
+    shown = yaml.safe_load(card(run / "model").split("```yaml")[1].split("```")[0])
+    assert shown == yaml.safe_load(kept)
+
+
+def test_two_encoders_and_tiles_are_told(tmp_path: Path) -> None:
+    said = card(tmp_path)
+    assert "| images | whole |" in said
+    assert "second vision encoder" not in said
+    config = VisionLanguageConfig(
+        vision_config=VISION,
+        second_vision_config={**VISION, "hidden_size": 64},
+        tiling={"mode": "tiles", "pinpoints": [[32, 64], [64, 32]]},
+    )
+    said = model_card(config, "mine", tmp_path, None, 1, "vlm")
+    assert "| vision encoder | clip_vision_model, 2 layers of width 32 |" in said
+    assert "| second vision encoder | clip_vision_model, 2 layers of width 64 |" in said
+    assert "| images | tiles, sizes 64 x 32, 32 x 64 |" in said
 
 
 def test_an_adapter_is_its_runs(run: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The model card of an exported model: what is known about it from its files, and nothing else."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from vlm import __version__
 from vlm.checkpoint import read_object
@@ -17,14 +19,16 @@ def model_card(
     config: VisionLanguageConfig, name: str, origin: Path, adapter: Path | None, parameters: int, layout: str
 ) -> str:
     """README.md. `origin`: the folder of the model; a run that it or its adapter lies in is described, too."""
-    vision: Any = config.vision_config
+    tiling = config.image_tokens
     text: Any = config.text_config
     connector = config.connector_settings
     library = "transformers" if layout == "llava-hf" else "vlm"
     rows = {
         "layout": "transformers' LLaVA" if layout == "llava-hf" else "vlm",
         "fusion": config.fusion,
-        "vision encoder": f"{vision.model_type}, {vision.num_hidden_layers} layers of width {vision.hidden_size}",
+        "vision encoder": _encoder(config.vision_config),
+        **({"second vision encoder": _encoder(second)} if (second := config.second_vision_config) is not None else {}),
+        "images": "whole" if tiling.mode == "none" else f"{tiling.mode}, sizes {_sizes(tiling.pinpoints)}",
         "connector": f"{connector.type}, depth {connector.depth}",
         "language model": f"{text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}",
         "parameters": f"{parameters:,}",
@@ -40,6 +44,14 @@ def model_card(
     return "\n".join([*lines, *told])
 
 
+def _encoder(vision: Any) -> str:
+    return f"{vision.model_type}, {vision.num_hidden_layers} layers of width {vision.hidden_size}"
+
+
+def _sizes(pinpoints: Iterable[Sequence[int]]) -> str:
+    return ", ".join(f"{width} x {height}" for height, width in pinpoints)
+
+
 def find_run(folder: Path) -> Path | None:
     """The run folder whose result a model or adapter is."""
     here = folder.resolve()
@@ -49,8 +61,9 @@ def find_run(folder: Path) -> Path | None:
 
 def _training(run: Path) -> Iterator[str]:
     recipe = read_yaml(run / "recipe.yaml")
+    stages = _without_places(recipe.get("stages", []))
     yield from ("## Training", "", "| stage | steps | batch | learns (rate) | data |", "|---|---|---|---|---|")
-    for stage in recipe.get("stages", []):
+    for stage in stages:
         rates = {part: rate for part, rate in stage.get("learning_rates", {}).items() if rate}
         learns = ", ".join(f"{part} ({rate:g})" for part, rate in rates.items())
         data = ", ".join(str(item.get("path")) for item in stage.get("data", []))
@@ -58,11 +71,24 @@ def _training(run: Path) -> Iterator[str]:
     yield ""
     if last := _last_step(run / "metrics.jsonl"):
         yield from (f"Step {last['step']}, the last: loss {last['loss']:.4g}.", "")
-    # where the data lay on the machine of the training is nobody's business
-    shown = (run / "recipe.yaml").read_text(encoding="utf-8").splitlines()
-    yield from ("<details><summary>Recipe</summary>", "", "```yaml")
-    yield from (line for line in shown if not line.startswith("data_root:"))
-    yield from ("```", "", "</details>", "")
+    shown = {name: value for name, value in recipe.items() if name != "data_root"}
+    model = shown.get("model")
+    if isinstance(model, dict) and model.get("pretrained"):  # it brings all else, what stands beside it are defaults
+        shown["model"] = {"pretrained": model["pretrained"]}
+    text = yaml.safe_dump(_without_places(shown), sort_keys=False, allow_unicode=True)
+    yield from ("<details><summary>Recipe</summary>", "", "```yaml", text.rstrip(), "```", "", "</details>", "")
+
+
+def _without_places(value: Any) -> Any:
+    """Settings without where files lay on the machine of the training, which is nobody's business: of paths that lead
+    there, the last part."""
+    if isinstance(value, dict):
+        return {name: _without_places(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~", ".")):
+        return Path(value).name or value
+    return value
 
 
 def _last_step(metrics: Path) -> dict[str, Any] | None:
