@@ -144,6 +144,26 @@ def test_a_projector_alone_joins_its_language_model(folder: Path, tmp_path: Path
     assert all(torch.equal(joined[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_of_a_tower_on_the_hub_pickles_are_fetched_only_where_there_is_nothing_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pickled: bool
+) -> None:
+    tower, asked = tmp_path / "tower", list[str]()
+    if not pickled:
+        tensors = torch.load(tower / "pytorch_model.bin")
+        save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "some/tower"
+        asked.extend(allow_patterns)
+        return str(tower)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    take(folder, tmp_path / "out", vision_tower="some/tower")
+    assert "*.safetensors" in asked
+    assert ("*.bin" in asked) == pickled
+
+
 def lora_checkpoint(folder: Path, lm: Path, **settings: Any) -> dict[str, torch.Tensor]:
     projector = split_language_model(folder, lm)
     torch.save(

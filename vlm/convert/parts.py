@@ -44,7 +44,7 @@ class Part:
 
 def read_tower(name: str) -> Part:
     """The vision tower of a folder or hub id: an encoder, or the one in a whole CLIP or SigLIP."""
-    folder = fetch(name, *SETTINGS, *WEIGHTS, *PICKLES)
+    folder = _fetch(name)
     written = read_settings(folder / "config.json")
     if isinstance(written.get("vision_config"), dict):
         kind = f"{written.get('model_type')}_vision_model"
@@ -61,12 +61,22 @@ def read_tower(name: str) -> Part:
 
 def read_language_model(name: str) -> Part:
     """The causal LM of a folder or hub id."""
-    folder = fetch(name, *SETTINGS, *WEIGHTS, *PICKLES)
+    folder = _fetch(name)
     config = make_config(read_settings(folder / "config.json"), str(folder))
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{name}: a {config.model_type!r} model, where a causal language model is needed")
     held = any_weights(folder)
     return Part(folder, config, Renamed(held, {f"language_model.{own}": own for own in held.shapes}))
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a part: pickles are asked for only where there are no safetensors, since many hold both."""
+    folder = fetch(name, *SETTINGS, *WEIGHTS)
+    return folder if _has_safetensors(folder) else fetch(name, *SETTINGS, *PICKLES)
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
 def make_config(written: Mapping[str, Any], where: str) -> PreTrainedConfig:
@@ -85,7 +95,7 @@ def make_config(written: Mapping[str, Any], where: str) -> PreTrainedConfig:
 
 def any_weights(folder: Path) -> Tensors:
     """A folder's weights: safetensors, or else pickles that hold nothing but tensors."""
-    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+    if _has_safetensors(folder):
         return SafetensorsFiles(weight_files(folder))
     if (folder / f"{PICKLED}.index.json").is_file():
         return Joined([PickledTensors(path) for path in index_files(folder, f"{PICKLED}.index.json")])
