@@ -21,7 +21,7 @@ from serve.child import run
 from serve.media import Limits
 from serve.server import bind
 from serve.vllm_adapters import adapter_flags
-from serve.vllm_plugin.names import EARLY_ONLY, MODE, NO_DOMAIN
+from serve.vllm_plugin.names import DEEP, MODE, NO_DOMAIN
 from vlm.checkpoint import ADAPTER_CONFIG, check_source, read_object
 from vlm.errors import UserError
 from vlm.hub import fetch
@@ -53,6 +53,8 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
     command += ["--mm-processor-kwargs", json.dumps({"backend": "pil"})]
     # once a request with a new image is refused, this cache fails the next one that has the image
     command += ["--mm-processor-cache-gb", "0"]
+    if config.get("model_type") == "vlm" and config.get("fusion") == "deep":
+        command += ["--hf-overrides", json.dumps({"architectures": [DEEP]}), "--no-enable-prefix-caching"]
     # argparse takes the last of what is said twice, so flags of one's own win; of middleware the last comes first
     command += [*adapters, *options.rest, "--middleware", GUARD]
     address = f"[{options.host}]" if ":" in options.host else options.host
@@ -103,8 +105,6 @@ def find_model(model: str) -> tuple[Path, dict[str, Any]]:
             f"NAME={model}; or merge it first: vlm export {model} --to vlm --out DIR"
         )
     config = check_source(folder)
-    if config.get("model_type") == "vlm" and config.get("fusion", "early") != "early":
-        raise UserError(f"{model}: {EARLY_ONLY}")
     return folder, config
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from vlm.configuration import CrossAttention
 from vlm.fusion import Media, MediaLayout, gated_layer_indices
+from vlm.projector import LinearLayers
 from vlm.resampler import FeedForward
 from vlm.visual import KeyValue
 
@@ -24,23 +25,41 @@ from vlm.visual import KeyValue
 class GatedCrossAttention(nn.Module):
     """x + tanh(attn_gate) * attention(x, media), then x + tanh(ff_gate) * feed_forward(x). Gates start at 0."""
 
-    def __init__(self, settings: CrossAttention, width: int, media_width: int) -> None:
+    def __init__(
+        self, settings: CrossAttention, width: int, media_width: int, linear: LinearLayers | None = None
+    ) -> None:
         super().__init__()
+        linear = linear or LinearLayers()
         inner = settings.heads * settings.head_dim
-        self.heads = settings.heads
+        self.head_dim = settings.head_dim
         self.zero_ffn_without_media = settings.ffn_without_media == "zero"
         self.norm = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(media_width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
+        self.to_q = linear.widen(width, inner, bias=False)
+        self.to_kv = linear.widen(media_width, 2 * inner, bias=False, parts=2)
+        self.to_out = linear.narrow(inner, width, bias=False)
         self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.feed_forward = FeedForward(width, settings.ff_mult)
+        self.feed_forward = FeedForward(width, settings.ff_mult, linear)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
     def project(self, tokens: torch.Tensor) -> KeyValue:
         """Keys and values of visual tokens [S, D] -> two of [S, H, Dh]."""
         key, value = self.to_kv(tokens).chunk(2, dim=-1)
-        return key.unflatten(-1, (self.heads, -1)), value.unflatten(-1, (self.heads, -1))
+        return key.unflatten(-1, (-1, self.head_dim)), value.unflatten(-1, (-1, self.head_dim))
+
+    def query(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] of the LM -> [..., H, Dh]."""
+        query: torch.Tensor = self.to_q(self.norm(hidden))
+        return query.unflatten(-1, (-1, self.head_dim))
+
+    def fuse(self, hidden: torch.Tensor, attended: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
+        """attended: [..., H, Dh], what each token found; sees: [..., 1], False where it looked at no image."""
+        found = self.to_out(attended.flatten(-2))
+        hidden = hidden + self.attn_gate.tanh() * found.masked_fill(~sees, 0.0)
+        fed = self.ff_gate.tanh() * self.feed_forward(hidden)
+        if self.zero_ffn_without_media:
+            fed = fed.masked_fill(~sees, 0.0)
+        out: torch.Tensor = hidden + fed
+        return out
 
     def forward(
         self, hidden: torch.Tensor, tokens: torch.Tensor, ready: KeyValue | None, layout: MediaLayout
@@ -51,19 +70,12 @@ class GatedCrossAttention(nn.Module):
             key, value = (part.unflatten(0, (hidden.shape[0], -1)) for part in (key, value))
         else:
             key, value = key[layout.index], value[layout.index]  # [B, M, H, Dh]
-        query = self.to_q(self.norm(hidden)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, Dh]
         # softmax over nothing is undefined: tokens without an image look at everything, then their result is zeroed
         visible = layout.visible | ~layout.any_visible[:, None]
         attended = nn.functional.scaled_dot_product_attention(
-            query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible
+            self.query(hidden).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible
         )
-        attended = self.to_out(attended.transpose(1, 2).flatten(2))
-        hidden = hidden + self.attn_gate.tanh() * attended.masked_fill(~layout.any_visible, 0.0)
-        fed = self.ff_gate.tanh() * self.feed_forward(hidden)
-        if self.zero_ffn_without_media:
-            fed = fed.masked_fill(~layout.any_visible, 0.0)
-        out: torch.Tensor = hidden + fed
-        return out
+        return self.fuse(hidden, attended.transpose(1, 2), layout.any_visible)
 
 
 def insert_blocks(

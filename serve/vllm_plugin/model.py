@@ -1,7 +1,7 @@
 """`VisionLanguageModel` for vLLM: the project's tower and connector around vLLM's own language model."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from serve.vllm_plugin.linear import ParallelLayers
-from serve.vllm_plugin.names import EARLY_ONLY
 from serve.vllm_plugin.processing import DummyInputs, ImageProcessor, ProcessingInfo
 from vlm.configuration import VisionLanguageConfig
 from vlm.encoding import EncodesImages, make_connector
@@ -29,6 +28,8 @@ TOWERS = ("vision_tower", "second_vision_tower")
 class VisionLanguageModel(nn.Module, EncodesImages, SupportsMultiModal, SupportsLoRA, SupportsPP):
     """The tower is the same code and whole on every rank; connector and language model are cut over the ranks."""
 
+    fusion: ClassVar[str] = "early"
+
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         if modality != "image":
@@ -38,8 +39,8 @@ class VisionLanguageModel(nn.Module, EncodesImages, SupportsMultiModal, Supports
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: VisionLanguageConfig = vllm_config.model_config.hf_config
-        if config.fusion != "early":
-            raise ValueError(EARLY_ONLY)
+        if config.fusion != self.fusion:
+            raise ValueError(f"{config.fusion} fusion has another class here; start it by vlm serve --engine vllm")
         self.config = config
         # LoRA finds a token's adapter by its place, and a Perceiver's layers see other numbers of tokens each
         self.supports_tower_connector_lora = config.connector_settings.type == "mlp"
@@ -55,9 +56,11 @@ class VisionLanguageModel(nn.Module, EncodesImages, SupportsMultiModal, Supports
                 second: Any = config.second_vision_config
                 self.second_vision_tower = VisionTower(second, config.second_vision_feature_layer, "patch")
                 width += self.second_vision_tower.feature_size
-            self.multi_modal_projector = _connector(config, width, text.hidden_size)
+            keeps_width = config.fusion == "deep" and config.connector_settings.type == "perceiver"
+            self.media_width = width if keeps_width else text.hidden_size
+            self.multi_modal_projector = _connector(config, width, None if keeps_width else text.hidden_size)
         anyres = config.image_tokens.mode == "anyres"
-        self.image_newline = nn.Parameter(torch.empty(text.hidden_size)) if anyres else None
+        self.image_newline = nn.Parameter(torch.empty(self.media_width)) if anyres else None
         self.to(vllm_config.model_config.dtype)
         with marks._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
@@ -137,9 +140,9 @@ def _fill(encoder: Any, tensors: dict[str, torch.Tensor]) -> None:
     encoder.load_state_dict(filled.state_dict())
 
 
-def _connector(config: VisionLanguageConfig, in_size: int, out_size: int) -> nn.Module:
+def _connector(config: VisionLanguageConfig, in_size: int, out_size: int | None) -> nn.Module:
     settings = config.connector_settings
     ranks = get_tensor_model_parallel_world_size()
-    between = [out_size] if settings.type == "mlp" else [settings.heads, in_size * settings.ff_mult]
+    between = [out_size or in_size] if settings.type == "mlp" else [settings.heads, in_size * settings.ff_mult]
     linear = ParallelLayers(all(size % ranks == 0 for size in between), "multi_modal_projector")
     return make_connector(config, in_size, out_size, linear)

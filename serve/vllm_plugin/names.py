@@ -3,4 +3,4 @@
 MODE = "vlm"  # the tokenizer mode, which brings our renderer, and the media connector
 # vLLM takes no empty list of domains as "none"; no host can have this name (RFC 2606)
 NO_DOMAIN = "none.invalid"
-EARLY_ONLY = "vLLM serves models of early fusion only so far; serve this one with --engine torch"
+DEEP = "DeepVisionLanguageModel"  # the architecture, as vLLM is told; both fusions are one class elsewhere

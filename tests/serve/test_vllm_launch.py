@@ -158,7 +158,6 @@ def test_what_vllm_cannot_serve_is_said_before_the_start(
     empty = make_adapter("empty")
     (empty / "adapter_model.safetensors").unlink()
     for folder, options, said in (
-        (tiny_models("deep", "mlp"), [], "--engine torch"),
         (tmp_path / "nothing", [], "no such model folder"),
         (empty, [], "vlm serve some/base --engine vllm --adapter"),
         (model, ["--adapter", "cats"], "must be NAME=DIR"),

@@ -25,6 +25,7 @@ CLIP = {"model_type": "clip_vision_model", "initializer_factor": 4.0}
 SIGLIP = {"model_type": "siglip_vision_model", "initializer_range": 0.2}
 DINO = {"model_type": "dinov2", "initializer_range": 0.2}
 LLAMA = {"model_type": "llama", "num_key_value_heads": 1}
+GATED = {"heads": 2, "head_dim": 16, "ff_mult": 2}
 # kind -> what differs from an MLP on CLIP and Llama
 KINDS: dict[str, dict[str, Any]] = {
     "mlp": {"vision_feature_layer": [-2, -1]},
@@ -45,6 +46,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "vision_config": CLIP,
         "connector": {"pool": 3, "pooling": "average", "depth": 1},
         "text_config": {"model_type": "gpt_neox"},
+    },
+    "deep, mlp": {"fusion": "deep", "cross_attention": {**GATED, "every": 1}},
+    "deep, perceiver, all images": {
+        "fusion": "deep",
+        "cross_attention": {**GATED, "every": 2, "attend": "all", "ffn_without_media": "zero"},
+        "connector": {"type": "perceiver", "num_latents": 5, "heads": 2, "head_dim": 16},
+        "text_config": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
     },
     "llava": {},
     "llava next": {"tiling": {"mode": "anyres"}},
@@ -87,6 +95,9 @@ def build(folder: Path, kind: str) -> None:
         )
         last = [m for m in model.multi_modal_projector.modules() if isinstance(m, torch.nn.Linear)][-1]
         last.weight.mul_(scale)
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(0.5)  # shut, as at the start of training, they let no image through
     save(model, processor, folder)
 
 

@@ -1,0 +1,187 @@
+"""What a request of a deep-fusion model keeps of its images, in vLLM's cache, and who looks at what in a step.
+
+To vLLM each gated block is a layer with a state of constant size beside the cache of attention, as in Mamba models. So
+its scheduler, preemption and chunked prefill work as they do there: a request that is thrown out begins anew, and its
+state with it.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Requests:
+    """The requests of a step, whose tokens lie flat, one request after another. vLLM makes one of these for all states.
+
+    slots: where each one's state lies; starts: its first token, and at the end the number of tokens; begins: it has
+    no state yet; looks: who sees what, found by the model when it knows the images.
+    """
+
+    slots: torch.Tensor  # [B]
+    starts: list[int]  # [B + 1]
+    begins: torch.Tensor  # [B]
+    looks: "tuple[Look, ...]" = ()
+
+
+@dataclass(frozen=True)
+class Look:
+    """Tokens that look at images together: a row of one token for each of many requests, or all of one request."""
+
+    tokens: torch.Tensor  # [R, T] their places in the step
+    slots: torch.Tensor  # [R]
+    visible: torch.Tensor  # [R, 1, T, M]
+
+
+class RequestsBuilder(AttentionMetadataBuilder[Requests]):
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Requests:
+        step = common_attn_metadata
+        mode = self.vllm_config.cache_config.mamba_cache_mode
+        blocks = mamba_get_block_table_tensor(step.block_table_tensor, step.seq_lens, self.kv_cache_spec, mode)
+        lengths = step.query_start_loc.diff()
+        return Requests(blocks[: step.num_reqs, 0].long(), step.query_start_loc_cpu.tolist(), step.seq_lens == lengths)
+
+
+class MediaBackend(AttentionBackend):
+    """Registered with vLLM as its custom backend of layers with a state."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "VLM_MEDIA"
+
+    @staticmethod
+    def get_builder_cls() -> type[RequestsBuilder]:
+        return RequestsBuilder
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        return True
+
+
+class MediaState(nn.Module, MambaBase):
+    """Keys and values of a request's visual tokens for one gated block, and whose they are.
+
+    State: keys and values [slots, M, H, Dh]; owners [slots, M], 1 for tokens of the request's first image and so on, 0
+    where there is none (kept by the first block for all).
+    """
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, prefix: str) -> None:
+        super().__init__()
+        self.shapes, self.dtype, self.prefix = shapes, dtype, prefix
+        self.kv_cache: tuple[torch.Tensor, ...] = (torch.tensor([]),)  # keys, values, owners once vLLM has bound them
+
+    def get_state_shape(self) -> Shapes:
+        return self.shapes
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return state_dtypes(self.dtype)
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return MambaAttentionBackendEnum.CUSTOM
+
+    def attend(self, query: torch.Tensor, requests: Requests) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, H, Dh] -> what each token found [T, H, Dh], and whether it saw an image [T, 1]."""
+        attended, sees = torch.zeros_like(query), query.new_zeros(len(query), 1, dtype=torch.bool)
+        keys, values, _ = self.kv_cache
+        for look in requests.looks:
+            width = look.visible.shape[-1]
+            key, value = (part[look.slots, :width].transpose(1, 2) for part in (keys, values))  # [R, H, M, Dh]
+            any_visible = look.visible.any(-1)[:, 0, :, None]  # [R, T, 1]
+            found = nn.functional.scaled_dot_product_attention(
+                query[look.tokens].transpose(1, 2), key, value, attn_mask=look.visible | ~any_visible[:, None]
+            )
+            attended[look.tokens] = found.transpose(1, 2)
+            sees[look.tokens] = any_visible
+        return attended, sees
+
+
+def state_shapes(visual_tokens: int, heads: int, head_dim: int) -> Shapes:
+    return (visual_tokens, heads, head_dim), (visual_tokens, heads, head_dim), (visual_tokens,)
+
+
+def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return dtype, dtype, torch.int32
+
+
+def attend_to_media(query: torch.Tensor, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """An operation to the compiler, which would else freeze what it saw of the first step."""
+    context = get_forward_context()
+    if not context.attn_metadata:  # vLLM measures memory
+        return torch.zeros_like(query), query.new_zeros(len(query), 1, dtype=torch.bool)
+    state: MediaState = context.no_compile_layers[layer]
+    return state.attend(query, context.attn_metadata[layer])
+
+
+def _shapes_alone(query: torch.Tensor, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[0], 1, dtype=torch.bool)
+
+
+direct_register_custom_op("attend_to_media", attend_to_media, fake_impl=_shapes_alone)
+
+
+def enter(
+    owners: torch.Tensor, requests: Requests, is_image: torch.Tensor, lengths: list[int], attend: str
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[Look, ...]]:
+    """Enters the images that come with a step, and finds what its tokens see.
+
+    owners: [slots, M], changed; is_image: [T], True at the tokens that bring an image; lengths: visual tokens of each
+    such image. Returns where their visual tokens go, (slot, column) [S] each, and the looks.
+    """
+    device = owners.device
+    owners[requests.slots[requests.begins]] = 0
+    known = owners[requests.slots]  # [B, M]
+    images_before = known.amax(1)
+    starts = torch.tensor(requests.starts, device=device)
+    seen = nn.functional.pad(is_image.cumsum(0), (1, 0))  # [T + 1] images among the tokens before
+    place = _places(known, starts, is_image.nonzero()[:, 0], lengths)
+    slot, column = requests.slots[place[0]], place[1]
+    owners[slot, column] = place[2].to(owners.dtype)
+    known = owners[requests.slots]
+    filled = (known > 0).sum(1).tolist()
+    counts = [stop - start for start, stop in pairwise(requests.starts)]
+    single = [row for row, count in enumerate(counts) if count == 1 and filled[row]]
+    groups = [single] if single else []
+    groups += [[row] for row, count in enumerate(counts) if count > 1 and filled[row]]
+    looks = []
+    for rows in groups:
+        row = torch.tensor(rows, device=device)
+        tokens = starts[row][:, None] + torch.arange(counts[rows[0]], device=device)  # [R, T]
+        latest = images_before[row][:, None] + seen[tokens + 1] - seen[starts[row]][:, None]  # [R, T]
+        owner = known[row, : max(filled[r] for r in rows)][:, None, :]  # [R, 1, M]
+        visible = owner == latest[..., None] if attend == "last" else owner <= latest[..., None]
+        looks.append(Look(tokens, requests.slots[row], (visible & (owner > 0))[:, None]))
+    return (slot, column), tuple(looks)
+
+
+def _places(
+    known: torch.Tensor, starts: torch.Tensor, new: torch.Tensor, lengths: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each visual token [S] of the images whose tokens are `new`: its request, its column, its image's number."""
+    request = torch.searchsorted(starts, new, right=True) - 1  # [n]
+    before = (request[:, None] == request[None, :]).tril(-1)  # [n, n] images of the same request, earlier in this step
+    sizes = torch.tensor(lengths, dtype=torch.long, device=known.device)
+    first = (known > 0).sum(1)[request] + (before * sizes).sum(1)
+    number = known.amax(1)[request] + before.sum(1) + 1
+    image = torch.repeat_interleave(torch.arange(len(lengths), device=known.device), sizes)  # [S]
+    within = torch.arange(len(image), device=known.device) - (sizes.cumsum(0) - sizes)[image]
+    return request[image], first[image] + within, number[image]
