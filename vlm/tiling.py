@@ -47,6 +47,11 @@ class ImageTokens:
     mode: Literal["none", "anyres", "tiles"] = "none"
     pinpoints: tuple[Size, ...] = ()
 
+    @property
+    def largest(self) -> Size:
+        """(height, width) of an image that has as many vectors as any: one that fills a grid leaves nothing out."""
+        return max(((self.view_size, self.view_size), *self.pinpoints), key=lambda size: self.visual(*size))
+
     def grid(self, height: int, width: int) -> Size:
         """(rows, columns) of tiles."""
         best = select_best_resolution((height, width), [list(pinpoint) for pinpoint in self.pinpoints])

@@ -11,8 +11,9 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.interfaces import IsHybrid
 from vllm.sequence import IntermediateTensors
 
+from serve.vllm_plugin.deep_config import can_be_cut, state_shape
 from serve.vllm_plugin.linear import ParallelLayers
-from serve.vllm_plugin.media_state import MediaState, Requests, Shapes, enter, state_dtypes, state_shapes
+from serve.vllm_plugin.media_state import MediaState, Requests, Shapes, enter, state_dtypes
 from serve.vllm_plugin.model import VisionLanguageModel
 from vlm.configuration import CrossAttention, VisionLanguageConfig
 from vlm.cross_attention import GatedCrossAttention
@@ -44,13 +45,14 @@ class DeepVisionLanguageModel(VisionLanguageModel, IsHybrid):
         text: Any = config.text_config
         settings = config.cross_attention_settings
         shapes, dtype = self.get_mamba_state_shape_from_config(vllm_config), vllm_config.model_config.dtype
+        cut = can_be_cut(config, get_tensor_model_parallel_world_size())
         layers = self.language_model.model.layers
         self.cross_attention = nn.ModuleDict()
         for index in gated_layer_indices(settings, len(layers)):
             name = f"cross_attention.{index}"
             state = MediaState(shapes, dtype, name)
             vllm_config.compilation_config.static_forward_context[name] = state
-            linear = ParallelLayers(_cuts(settings, text.hidden_size), name)
+            linear = ParallelLayers(cut, name)
             block = ServedCrossAttention(settings, text.hidden_size, self.media_width, state, linear)
             self.cross_attention[str(index)] = block
             layers[index].register_forward_pre_hook(partial(_attend_before_layer, block=block))
@@ -58,12 +60,7 @@ class DeepVisionLanguageModel(VisionLanguageModel, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> Shapes:
-        config: VisionLanguageConfig = vllm_config.model_config.hf_config
-        settings = config.cross_attention_settings
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        heads = settings.heads // ranks if settings.heads % ranks == 0 else settings.heads
-        limit = vllm_config.model_config.get_multimodal_config().get_limit_per_prompt("image")
-        return state_shapes(limit * largest(config), heads, settings.head_dim)
+        return state_shape(vllm_config)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -118,17 +115,6 @@ class DeepVisionLanguageModel(VisionLanguageModel, IsHybrid):
                 keys, values, _ = block.state.kv_cache
                 keys[slot, column] = key
                 values[slot, column] = value
-
-
-def largest(config: VisionLanguageConfig) -> int:
-    """Visual tokens of an image that has as many as any."""
-    layout = config.image_tokens
-    return max(layout.visual(*size) for size in ((layout.view_size, layout.view_size), *layout.pinpoints))
-
-
-def _cuts(settings: CrossAttention, width: int) -> bool:
-    ranks = get_tensor_model_parallel_world_size()
-    return all(size % ranks == 0 for size in (settings.heads, width * settings.ff_mult))
 
 
 def _attend_before_layer(_layer: nn.Module, args: tuple[Any, ...], *, block: ServedCrossAttention) -> tuple[Any, ...]:

@@ -19,6 +19,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from serve.vllm_plugin.names import MEDIA_OPERATION
+
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -115,10 +117,6 @@ class MediaState(nn.Module, MambaBase):
         return attended, sees
 
 
-def state_shapes(visual_tokens: int, heads: int, head_dim: int) -> Shapes:
-    return (visual_tokens, heads, head_dim), (visual_tokens, heads, head_dim), (visual_tokens,)
-
-
 def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return dtype, dtype, torch.int32
 
@@ -136,7 +134,7 @@ def _shapes_alone(query: torch.Tensor, layer: str) -> tuple[torch.Tensor, torch.
     return torch.empty_like(query), query.new_empty(query.shape[0], 1, dtype=torch.bool)
 
 
-direct_register_custom_op("attend_to_media", attend_to_media, fake_impl=_shapes_alone)
+direct_register_custom_op(MEDIA_OPERATION, attend_to_media, fake_impl=_shapes_alone)
 
 
 def enter(

@@ -37,14 +37,9 @@ class ProcessingInfo(BaseProcessingInfo):
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
 
-    def largest_size(self) -> tuple[int, int]:
-        """(height, width) of an image that takes as many tokens as any: one that fills a grid leaves nothing out."""
-        layout = self.get_hf_config().image_tokens
-        sizes = ((layout.view_size, layout.view_size), *layout.pinpoints)
-        return max(sizes, key=lambda size: layout.placeholders(*size))
-
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": self.get_hf_config().image_tokens.placeholders(*self.largest_size())}
+        layout = self.get_hf_config().image_tokens
+        return {"image": layout.placeholders(*layout.largest)}
 
 
 class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
@@ -56,7 +51,7 @@ class DummyInputs(BaseDummyInputsBuilder[ProcessingInfo]):
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
     ) -> MultiModalDataDict:
-        height, width = self.info.largest_size()
+        height, width = self.info.get_hf_config().image_tokens.largest
         images = self._get_dummy_images(
             width=width, height=height, num_images=mm_counts.get("image", 0), overrides=mm_options.get("image")
         )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.test_vllm import IN_CI, assert_images_matter, assert_kind_is_served
-from tests.serve.vllm_models import KINDS, Oracle, add_adapter, assert_same_tokens, build, cases
+from tests.serve.test_vllm import EARLY, IN_CI, assert_images_matter, assert_kind_is_served
+from tests.serve.vllm_models import Oracle, add_adapter, assert_same_tokens, build, cases
 from tests.serve.vllm_server import FLAGS, serving
 from vlm import load
 from vlm.cli import main
@@ -14,7 +14,7 @@ from vlm.cli import main
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*IN_CI, "mlp", "llava", "llava next")])
+@pytest.mark.parametrize("kind", [kind for kind in EARLY if kind not in (*IN_CI, "mlp", "llava", "llava next")])
 def test_a_kind_says_the_same_as_our_own(kind: str, tmp_path: Path) -> None:
     assert_kind_is_served(kind, tmp_path)
 

@@ -118,12 +118,12 @@ class Case:
     images: tuple[Image.Image, ...]
 
 
-def cases(count: int = 51) -> list[Case]:
-    """Questions with none, one and two images of all shapes, some with control tokens in what is said."""
+def cases(count: int = 51, most: int = 2) -> list[Case]:
+    """Questions with none to `most` images of all shapes, some with control tokens in what is said."""
     numbers = random.Random(0)
     found = []
     for index in range(count):
-        images = tuple(picture(3 * index + k, *numbers.choice(SIZES)) for k in range(index % 3))
+        images = tuple(picture(3 * index + k, *numbers.choice(SIZES)) for k in range(index % (most + 1)))
         said = numbers.choice(["what is it?", "is <image> here?", "how many <|end|> are left?", "say it again: "])
         found.append(Case(f"{index} {said}", images))
     return found

@@ -42,9 +42,11 @@ class Server:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=120)
 
-    def ask(self, asked: Sequence[Case], model: str = "tiny", max_tokens: int = 24) -> list[tuple[int, list[int]]]:
+    def ask(
+        self, asked: Sequence[Case], model: str = "tiny", max_tokens: int = 24, at_once: int = 6
+    ) -> list[tuple[int, list[int]]]:
         """For each case the number of its prompt's tokens and the greedy answer's, several under way at a time."""
-        with self.client() as client, ThreadPoolExecutor(6) as pool:
+        with self.client() as client, ThreadPoolExecutor(at_once) as pool:
 
             def one(case: Case) -> tuple[int, list[int]]:
                 response = client.post(CHAT, json=chat(case, model=model, max_tokens=max_tokens, return_token_ids=True))
@@ -53,6 +55,13 @@ class Server:
                 return answer["usage"]["prompt_tokens"], answer["choices"][0]["token_ids"]
 
             return list(pool.map(one, asked))
+
+    def metric(self, name: str) -> float:
+        """The sum of one of vLLM's metrics over its labels."""
+        with self.client() as client:
+            found = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)
+        assert found, name
+        return sum(map(float, found))
 
 
 def chat(case: Case, model: str = "tiny", **settings: Any) -> dict[str, Any]:
