@@ -13,7 +13,8 @@ from vllm.sequence import IntermediateTensors
 
 from serve.vllm_plugin.deep_config import can_be_cut, state_shape
 from serve.vllm_plugin.linear import ParallelLayers
-from serve.vllm_plugin.media_state import MediaState, Requests, Shapes, enter, state_dtypes
+from serve.vllm_plugin.looks import Requests, enter
+from serve.vllm_plugin.media_state import MediaState, Shapes, state_dtypes
 from serve.vllm_plugin.model import VisionLanguageModel
 from vlm.configuration import CrossAttention, VisionLanguageConfig
 from vlm.cross_attention import GatedCrossAttention

@@ -5,9 +5,6 @@ its scheduler, preemption and chunked prefill work as they do there: a request t
 state with it.
 """
 
-from dataclasses import dataclass
-from itertools import pairwise
-
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -19,32 +16,10 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from serve.vllm_plugin.looks import Requests
 from serve.vllm_plugin.names import MEDIA_OPERATION
 
 Shapes = tuple[tuple[int, ...], ...]
-
-
-@dataclass
-class Requests:
-    """The requests of a step, whose tokens lie flat, one request after another. vLLM makes one of these for all states.
-
-    slots: where each one's state lies; starts: its first token, and at the end the number of tokens; begins: it has
-    no state yet; looks: who sees what, found by the model when it knows the images.
-    """
-
-    slots: torch.Tensor  # [B]
-    starts: list[int]  # [B + 1]
-    begins: torch.Tensor  # [B]
-    looks: "tuple[Look, ...]" = ()
-
-
-@dataclass(frozen=True)
-class Look:
-    """Tokens that look at images together: a row of one token for each of many requests, or all of one request."""
-
-    tokens: torch.Tensor  # [R, T] their places in the step
-    slots: torch.Tensor  # [R]
-    visible: torch.Tensor  # [R, 1, T, M]
 
 
 class RequestsBuilder(AttentionMetadataBuilder[Requests]):
@@ -135,51 +110,3 @@ def _shapes_alone(query: torch.Tensor, layer: str) -> tuple[torch.Tensor, torch.
 
 
 direct_register_custom_op(MEDIA_OPERATION, attend_to_media, fake_impl=_shapes_alone)
-
-
-def enter(
-    owners: torch.Tensor, requests: Requests, is_image: torch.Tensor, lengths: list[int], attend: str
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[Look, ...]]:
-    """Enters the images that come with a step, and finds what its tokens see.
-
-    owners: [slots, M], changed; is_image: [T], True at the tokens that bring an image; lengths: visual tokens of each
-    such image. Returns where their visual tokens go, (slot, column) [S] each, and the looks.
-    """
-    device = owners.device
-    owners[requests.slots[requests.begins]] = 0
-    known = owners[requests.slots]  # [B, M]
-    images_before = known.amax(1)
-    starts = torch.tensor(requests.starts, device=device)
-    seen = nn.functional.pad(is_image.cumsum(0), (1, 0))  # [T + 1] images among the tokens before
-    place = _places(known, starts, is_image.nonzero()[:, 0], lengths)
-    slot, column = requests.slots[place[0]], place[1]
-    owners[slot, column] = place[2].to(owners.dtype)
-    known = owners[requests.slots]
-    filled = (known > 0).sum(1).tolist()
-    counts = [stop - start for start, stop in pairwise(requests.starts)]
-    single = [row for row, count in enumerate(counts) if count == 1 and filled[row]]
-    groups = [single] if single else []
-    groups += [[row] for row, count in enumerate(counts) if count > 1 and filled[row]]
-    looks = []
-    for rows in groups:
-        row = torch.tensor(rows, device=device)
-        tokens = starts[row][:, None] + torch.arange(counts[rows[0]], device=device)  # [R, T]
-        latest = images_before[row][:, None] + seen[tokens + 1] - seen[starts[row]][:, None]  # [R, T]
-        owner = known[row, : max(filled[r] for r in rows)][:, None, :]  # [R, 1, M]
-        visible = owner == latest[..., None] if attend == "last" else owner <= latest[..., None]
-        looks.append(Look(tokens, requests.slots[row], (visible & (owner > 0))[:, None]))
-    return (slot, column), tuple(looks)
-
-
-def _places(
-    known: torch.Tensor, starts: torch.Tensor, new: torch.Tensor, lengths: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each visual token [S] of the images whose tokens are `new`: its request, its column, its image's number."""
-    request = torch.searchsorted(starts, new, right=True) - 1  # [n]
-    before = (request[:, None] == request[None, :]).tril(-1)  # [n, n] images of the same request, earlier in this step
-    sizes = torch.tensor(lengths, dtype=torch.long, device=known.device)
-    first = (known > 0).sum(1)[request] + (before * sizes).sum(1)
-    number = known.amax(1)[request] + before.sum(1) + 1
-    image = torch.repeat_interleave(torch.arange(len(lengths), device=known.device), sizes)  # [S]
-    within = torch.arange(len(image), device=known.device) - (sizes.cumsum(0) - sizes)[image]
-    return request[image], first[image] + within, number[image]
