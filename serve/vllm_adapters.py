@@ -10,7 +10,9 @@ from vlm.checkpoint import ADAPTER_CONFIG, read_object
 from vlm.errors import UserError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
-TOWERS, CONNECTOR = ("vision_tower.", "second_vision_tower."), "multi_modal_projector."
+CONNECTOR = "multi_modal_projector."
+UNREACHED = {"vision_tower.": "the vision encoder", "second_vision_tower.": "the vision encoder"}
+UNREACHED["cross_attention."] = "the gated blocks"
 
 
 def adapter_flags(adapters: Sequence[str], config: Mapping[str, Any]) -> list[str]:
@@ -47,8 +49,9 @@ def _parse(text: str) -> tuple[str, Path]:
         raise UserError(f"--adapter {text}: replaces whole modules ({whole}), which vLLM can't; {_merge(folder)}")
     if settings.get("use_dora"):
         raise UserError(f"--adapter {text}: is of DoRA's kind, which vLLM can't serve; {_merge(folder)}")
-    if any(key.startswith(tower) or f".{tower}" in key for key in _tensors(path) for tower in TOWERS):
-        raise UserError(f"--adapter {text}: changes the vision encoder, which vLLM leaves as it is; {_merge(folder)}")
+    for part, called in UNREACHED.items():
+        if any(key.startswith(part) or f".{part}" in key for key in _tensors(path)):
+            raise UserError(f"--adapter {text}: changes {called}, which vLLM leaves as it is; {_merge(folder)}")
     return name, path
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from serve.child import run
 from serve.media import Limits
 from serve.server import bind
 from serve.vllm_adapters import adapter_flags
-from serve.vllm_plugin.names import DEEP, MODE, NO_DOMAIN
+from serve.vllm_plugin.names import DEEP, DEEP_LANGUAGE_MODELS, MODE, NO_DOMAIN
 from vlm.checkpoint import ADAPTER_CONFIG, check_source, read_object
-from vlm.errors import UserError
+from vlm.configuration import VisionLanguageConfig, context_length
+from vlm.errors import UserError, first_line
 from vlm.hub import fetch
 
 VLLM_MINOR = "0.32"
+FEWEST_IMAGES = 4  # of a request of deep fusion, whatever they take
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 # another key, a list of plugins without ours, a front end that knows no middleware
 UNWANTED = ("VLLM_API_KEY", "VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND")
@@ -48,19 +50,49 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
     if options.max_batch is not None:
         command += ["--max-num-seqs", str(options.max_batch)]
     command += ["--allowed-media-domains", *(options.allow_domain or [NO_DOMAIN])]
-    command += ["--limit-mm-per-prompt", json.dumps({"image": Limits.images})]
     # for vLLM's own classes: with torchvision, which it brings, transformers scales pictures differently
     command += ["--mm-processor-kwargs", json.dumps({"backend": "pil"})]
     # once a request with a new image is refused, this cache fails the next one that has the image
     command += ["--mm-processor-cache-gb", "0"]
-    if config.get("model_type") == "vlm" and config.get("fusion") == "deep":
-        command += ["--hf-overrides", json.dumps({"architectures": [DEEP]}), "--no-enable-prefix-caching"]
+    command += fusion_flags(folder, config)
     # argparse takes the last of what is said twice, so flags of one's own win; of middleware the last comes first
     command += [*adapters, *options.rest, "--middleware", GUARD]
     address = f"[{options.host}]" if ":" in options.host else options.host
     print(f"{name} is loaded by vLLM now, and will be served at http://{address}:{port} (API: /v1)", flush=True)
     with sources() as links:
         return run(command, environment(links, api_key))
+
+
+def fusion_flags(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """What the fusion of the model with this config.json asks of vLLM. UserError for what it can't serve."""
+    if config.get("model_type") != "vlm" or config.get("fusion") != "deep":
+        return ["--limit-mm-per-prompt", json.dumps({"image": Limits.images})]
+    try:
+        ours = VisionLanguageConfig.from_pretrained(folder)
+    except Exception as error:  # transformers fails in many ways on odd settings
+        raise UserError(f"{folder / 'config.json'}: {first_line(error)}") from error
+    kind = ours.get_text_config().model_type
+    if kind not in DEEP_LANGUAGE_MODELS:
+        raise UserError(
+            f"{folder}: deep fusion before layers of a {kind} model, which vLLM is not served with (only "
+            f"{', '.join(DEEP_LANGUAGE_MODELS)}); serve it with --engine torch"
+        )
+    images = json.dumps({"image": image_limit(ours)})
+    overrides = json.dumps({"architectures": [DEEP]})
+    return ["--hf-overrides", overrides, "--no-enable-prefix-caching", "--limit-mm-per-prompt", images]
+
+
+def image_limit(config: VisionLanguageConfig) -> int:
+    """Images of a request of deep fusion: as many as take no more room in a layer than an eighth of a full context.
+
+    vLLM makes its blocks of text as large as what a request keeps of its images, and begins one for each request.
+    """
+    text, settings = config.get_text_config(), config.cross_attention_settings
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    image = config.image_tokens.visual(*config.image_tokens.largest) * settings.heads * settings.head_dim
+    fitting = (context_length(text) or 0) * heads * head_dim // (8 * image)
+    return min(max(fitting, FEWEST_IMAGES), Limits.images)
 
 
 def environment(links: Path, api_key: str | None) -> dict[str, str]:

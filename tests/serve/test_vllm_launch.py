@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 from serve import vllm_launch
 from serve.vllm_plugin.guard import ServerGuard
 from tests.serve.helpers import refused
+from vlm import VisionLanguageConfig
 from vlm.checkpoint import ADAPTER_CONFIG
 from vlm.cli import main, parse
 
@@ -110,6 +111,35 @@ def test_the_server_gets_safe_defaults_and_our_guard(
     assert {"vlm/cli.py", "serve/vllm_launch.py"} <= set(said["paths"])
 
 
+def test_deep_fusion_gets_its_own_class_and_room_for_its_images(tiny_models: Any, fake: Path) -> None:
+    assert serve(tiny_models("deep", "perceiver"), fake, "--", "--max-num-seqs", "7") == 7
+    text = " ".join(told(fake)["arguments"])
+    assert '--hf-overrides {"architectures": ["DeepVisionLanguageModel"]} --no-enable-prefix-caching' in text
+    assert serve(tiny_models("early", "mlp"), fake) == 7
+    assert "--hf-overrides" not in told(fake)["arguments"]
+
+
+@pytest.mark.parametrize(
+    ("connector", "heads", "images"),
+    [
+        ({"type": "perceiver", "num_latents": 64}, 8, 32),  # 32 text tokens of room each, 1024 for all
+        ({"type": "perceiver", "num_latents": 256}, 8, 8),
+        (
+            {"type": "perceiver", "num_latents": 256},
+            32,
+            32,
+        ),  # no grouped queries: a text token takes four times more
+        ({"type": "mlp"}, 8, 4),
+    ],
+)
+def test_images_of_a_request_take_an_eighth_of_a_context(connector: dict[str, Any], heads: int, images: int) -> None:
+    vision = {"image_size": 336, "patch_size": 14}
+    text = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": heads}
+    text |= {"max_position_embeddings": 8192, "num_hidden_layers": 2}
+    config = VisionLanguageConfig(fusion="deep", connector=connector, vision_config=vision, text_config=text)
+    assert vllm_launch.image_limit(config) == images
+
+
 def test_domains_are_handed_on(tiny_models: Any, fake: Path) -> None:
     domains = ["--allow-domain", "a.example", "b.example", "--allow-domain", "c.example"]
     assert serve(tiny_models("early", "mlp"), fake, *domains) == 7
@@ -154,10 +184,19 @@ def test_what_vllm_cannot_serve_is_said_before_the_start(
     whole = make_adapter("whole", r=4, modules_to_save=["multi_modal_projector"])
     huge, dora = make_adapter("huge", r=1000), make_adapter("dora", use_dora=True)
     tower = make_adapter("tower", "vision_tower.encoder.layers.0.q_proj")
+    gated = make_adapter("gated", "cross_attention.1.to_q")
     connector = make_adapter("connector", "multi_modal_projector.layers.0.to_q")
+    opt = VisionLanguageConfig(fusion="deep", text_config={"model_type": "opt"})
+    opt.save_pretrained(tmp_path / "opt")
+    save_file({"x": torch.zeros(1)}, tmp_path / "opt" / "model.safetensors")
     empty = make_adapter("empty")
     (empty / "adapter_model.safetensors").unlink()
+    odd = json.loads((tiny_models("deep", "mlp") / "config.json").read_text())
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**odd, "cross_attention": {"every": "two"}}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd" / "model.safetensors")
     for folder, options, said in (
+        (tmp_path / "odd", [], "cross_attention.every"),
         (tmp_path / "nothing", [], "no such model folder"),
         (empty, [], "vlm serve some/base --engine vllm --adapter"),
         (model, ["--adapter", "cats"], "must be NAME=DIR"),
@@ -167,6 +206,8 @@ def test_what_vllm_cannot_serve_is_said_before_the_start(
         (model, ["--adapter", f"cats={dora}"], "DoRA"),
         (model, ["--adapter", f"cats={tower}"], "changes the vision encoder"),
         (model, ["--adapter", f"cats={empty}"], "no adapter_model.safetensors"),
+        (tiny_models("deep", "mlp"), ["--adapter", f"cats={gated}"], "changes the gated blocks"),
+        (tmp_path / "opt", [], "deep fusion before layers of a opt model"),
         (tiny_models("early", "perceiver"), ["--adapter", f"cats={connector}"], "reaches the mlp only"),
         (model, ["--max-waiting", "3"], "--max-waiting: only --engine torch"),
     ):
