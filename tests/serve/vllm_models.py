@@ -86,15 +86,12 @@ def build(folder: Path, kind: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = VisionLanguageModel(config)
-    # as large as the embeddings of words, so that an image changes what is said
+    # as large as the embeddings of words, or as what is normalised, so that an image changes what is said
     with torch.no_grad():
-        image = picture(0)
         processor = make_processor(config, tokenizer)
-        scale = (
-            model.get_input_embeddings().weight.std() / model.encode_images(**processor.pixels([image])).tokens.std()
-        )
+        wanted = 1.0 if config.fusion == "deep" else model.get_input_embeddings().weight.std()
         last = [m for m in model.multi_modal_projector.modules() if isinstance(m, torch.nn.Linear)][-1]
-        last.weight.mul_(scale)
+        last.weight.mul_(wanted / model.encode_images(**processor.pixels([picture(0)])).tokens.std())
         for name, parameter in model.named_parameters():
             if name.endswith("gate"):
                 parameter.fill_(0.5)  # shut, as at the start of training, they let no image through
