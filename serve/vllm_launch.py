@@ -137,6 +137,11 @@ def find_model(model: str) -> tuple[Path, dict[str, Any]]:
             f"NAME={model}; or merge it first: vlm export {model} --to vlm --out DIR"
         )
     config = check_source(folder)
+    if config.get("model_type") == "vlm" and config.get("quantization_config"):
+        raise UserError(
+            f"{model}: its weights are quantised, and vLLM can't read them so; make it whole: vlm export {model} --to vlm "
+            "--out DIR, and let vLLM quantise it (-- --quantization METHOD)"
+        )
     return folder, config
 
 

@@ -195,7 +195,11 @@ def test_what_vllm_cannot_serve_is_said_before_the_start(
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text(json.dumps({**odd, "cross_attention": {"every": "two"}}))
     save_file({"x": torch.zeros(1)}, tmp_path / "odd" / "model.safetensors")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "config.json").write_text(json.dumps({**odd, "quantization_config": {"load_in_4bit": True}}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "packed" / "model.safetensors")
     for folder, options, said in (
+        (tmp_path / "packed", [], "its weights are quantised"),
         (tmp_path / "odd", [], "cross_attention: every"),
         (tmp_path / "nothing", [], "no such model folder"),
         (empty, [], "vlm serve some/base --engine vllm --adapter"),
