@@ -139,7 +139,7 @@ def find_model(model: str) -> tuple[Path, dict[str, Any]]:
     config = check_source(folder)
     if config.get("model_type") == "vlm" and config.get("quantization_config"):
         raise UserError(
-            f"{model}: its weights are quantised, and vLLM can't read them so; make it whole: vlm export {model} --to vlm "
+            f"{model}: its weights are quantised, which vLLM can't read; make it whole: vlm export {model} --to vlm "
             "--out DIR, and let vLLM quantise it (-- --quantization METHOD)"
         )
     return folder, config
