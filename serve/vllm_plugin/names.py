@@ -6,4 +6,4 @@ NO_DOMAIN = "none.invalid"
 DEEP = "DeepVisionLanguageModel"  # the architecture, as vLLM is told; both fusions are one class elsewhere
 MEDIA_OPERATION = "attend_to_media"  # as PyTorch knows it
 # those whose decoder layers take (positions, hidden_states, residual) in vLLM; the tests ask all of them
-DEEP_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text")
+DEEP_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")

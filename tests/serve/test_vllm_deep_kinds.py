@@ -23,7 +23,6 @@ LANGUAGES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 1, "head_dim": 32},
     "phi3": {},
-    "gemma2": {"num_key_value_heads": 1, "head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32},
     "gemma3_text": {"num_key_value_heads": 1, "head_dim": 32, "sliding_window": 64},
 }
 
@@ -79,7 +78,8 @@ def test_tiles_say_the_same(mode: str, deep: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("attend", ["last", "all"])
 def test_two_ranks_say_the_same(attend: str, deep: Any, tmp_path: Path) -> None:
-    kind = deep(attend, connector=PERCEIVER, text_config={"model_type": "qwen3", "head_dim": 32})
+    text = {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32}
+    kind = deep(attend, connector=PERCEIVER, text_config=text)
     assert_kind_is_served(kind, tmp_path, (*LIMIT, *EAGER, "--tensor-parallel-size", "2"), cores="0|1")
 
 
