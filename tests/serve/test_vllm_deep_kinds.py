@@ -78,13 +78,12 @@ def test_tiles_say_the_same(mode: str, deep: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("attend", ["last", "all"])
 def test_two_ranks_say_the_same(attend: str, deep: Any, tmp_path: Path) -> None:
-    text = {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32}
-    kind = deep(attend, connector=PERCEIVER, text_config=text)
+    kind = deep(attend, connector=PERCEIVER, text_config={"model_type": "llama", "num_key_value_heads": 2})
     assert_kind_is_served(kind, tmp_path, (*LIMIT, *EAGER, "--tensor-parallel-size", "2"), cores="0|1")
 
 
 def test_blocks_that_cannot_be_cut_are_whole_on_both_ranks(deep: Any, tmp_path: Path) -> None:
-    kind = deep()
+    kind = deep(every=2)
     KINDS[kind]["cross_attention"]["heads"] = 3
     assert_kind_is_served(kind, tmp_path, (*LIMIT, *EAGER, "--tensor-parallel-size", "2"), cores="0|1")
 

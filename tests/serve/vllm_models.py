@@ -92,9 +92,9 @@ def build(folder: Path, kind: str) -> None:
         wanted = 1.0 if config.fusion == "deep" else model.get_input_embeddings().weight.std()
         last = [m for m in model.multi_modal_projector.modules() if isinstance(m, torch.nn.Linear)][-1]
         last.weight.mul_(wanted / model.encode_images(**processor.pixels([picture(0)])).tokens.std())
-        for name, parameter in model.named_parameters():
-            if name.endswith("gate"):
-                parameter.fill_(0.5)  # shut, as at the start of training, they let no image through
+        for block in model.cross_attention.values():  # shut, as at the start of training, they let no image through
+            block.attn_gate.fill_(1.0)
+            block.ff_gate.fill_(0.2)
     save(model, processor, folder)
 
 
