@@ -62,6 +62,12 @@ our models in it; what stands behind -- is handed to it (vllm serve --help=all e
         default=[],
         help="serve a LoRA adapter of the language model under this name, too (vllm)",
     )
+    parser.add_argument(
+        "--skip-self-test",
+        action="store_true",
+        default=None,
+        help="serve a model though it answers differently from when it was saved (vllm)",
+    )
     parser.set_defaults(run=run_serve, rest=[])
 
 
@@ -127,7 +133,7 @@ def run_serve(options: argparse.Namespace) -> int:
 # an option that the other engine would silently ignore is refused instead
 ONLY_FOR = {
     "torch": ("device", "max_waiting"),
-    "vllm": ("vllm_python", "allow_domain", "adapter", "rest"),
+    "vllm": ("vllm_python", "allow_domain", "adapter", "skip_self_test", "rest"),
 }
 
 

@@ -21,7 +21,8 @@ from serve.child import run
 from serve.media import Limits
 from serve.server import bind
 from serve.vllm_adapters import adapter_flags
-from serve.vllm_plugin.names import DEEP, DEEP_LANGUAGE_MODELS, MODE, NO_DOMAIN
+from serve.vllm_plugin.names import DEEP, DEEP_LANGUAGE_MODELS, MODE, NO_DOMAIN, SELF_TEST, VERDICT
+from vlm import self_test
 from vlm.checkpoint import ADAPTER_CONFIG, check_source, read_object
 from vlm.configuration import VisionLanguageConfig, context_length
 from vlm.errors import UserError, first_line
@@ -31,7 +32,7 @@ VLLM_MINOR = "0.32"
 FEWEST_IMAGES = 4  # of a request of deep fusion, whatever they take
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 # another key, a list of plugins without ours, a front end that knows no middleware
-UNWANTED = ("VLLM_API_KEY", "VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND")
+UNWANTED = ("VLLM_API_KEY", "VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND", SELF_TEST)
 GUARD = "serve.vllm_plugin.guard.ServerGuard"
 
 
@@ -59,8 +60,30 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
     command += [*adapters, *options.rest, "--middleware", GUARD]
     address = f"[{options.host}]" if ":" in options.host else options.host
     print(f"{name} is loaded by vLLM now, and will be served at http://{address}:{port} (API: /v1)", flush=True)
+    tested = has_self_test(folder, name, bool(options.skip_self_test))
     with sources() as links:
-        return run(command, environment(links, api_key))
+        verdict = links / "self-test.txt"
+        changes = {SELF_TEST: str(folder.resolve()), VERDICT: str(verdict)} if tested else {}
+        code = run(command, {**environment(links, api_key), **changes})
+        if verdict.is_file():
+            raise UserError(f"{options.model}: {verdict.read_text(encoding='utf-8')}")
+    return code
+
+
+def has_self_test(folder: Path, name: str, skip: bool) -> bool:
+    """Whether the server has to pass the model's self-test. Where it hasn't, that is printed. UserError for a broken
+    one, unless it is to be skipped."""
+    if skip:
+        print(f"self-test: skipped, so whether vLLM answers as {name} does isn't known", flush=True)
+    elif self_test.read(folder) is None:
+        print(
+            f"self-test: {name} has no {self_test.FILE}, so whether vLLM answers as the model does isn't known; "
+            "folders that vlm train and vlm export write have one",
+            flush=True,
+        )
+    else:
+        return True
+    return False
 
 
 def fusion_flags(folder: Path, config: Mapping[str, Any]) -> list[str]:

@@ -130,6 +130,7 @@ def run_stage(
                 raise Stopped(f"stopped after step {offset + done}; --resume goes on from there")
     monitor.end()
     model.eval()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what is saved doesn't compute in bf16 any more
     accelerator.free_memory()
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
+from vlm import self_test
 from vlm.auto import register
 from vlm.errors import UserError, first_line
 from vlm.hub import fetch
@@ -144,12 +145,14 @@ def asks_for_code(config: dict[str, Any]) -> bool:
 def save(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None = None) -> None:
     """Writes a Hugging Face folder; an older one there is replaced only once the new one is whole.
 
-    extra: further text files by name (a model card, say).
+    extra: further text files by name (a model card, say). Beside a model that takes images goes its self-test.
     """
     with written_aside(folder) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         pin_tokenizer(partial)
+        if isinstance(model, VisionLanguageModel):
+            self_test.write(model, processor, partial)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
 

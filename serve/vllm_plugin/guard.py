@@ -1,4 +1,5 @@
-"""Before vLLM's routes: the key on every one but /health, errors in the shape of all our servers, no paths."""
+"""Before vLLM's routes: the self-test, the key on every one but /health, errors in the shape of all our servers, no
+paths."""
 
 import json
 import logging
@@ -9,6 +10,7 @@ from typing import Any
 from serve.errors import ApiError, is_draining
 from serve.guard import App, Guard, Message, Receive, Scope, Send
 from serve.transport import error_response
+from serve.vllm_plugin.startup import self_tested
 
 log = logging.getLogger("serve.vllm_plugin.guard")
 OPEN_PATHS = ("/health",)
@@ -26,10 +28,10 @@ CODES = {
 
 
 class ServerGuard:
-    """What `--middleware` names; the key comes by the environment."""
+    """What `--middleware` names; key and test come by the environment."""
 
     def __init__(self, app: App) -> None:
-        self.app: App = Answers(app)
+        self.app: App = self_tested(Answers(app))
         key = os.environ.get("VLLM_API_KEY")
         if key:
             self.app = Guard(self.app, key, OPEN_PATHS)

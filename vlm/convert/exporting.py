@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from vlm import self_test
 from vlm.checkpoint import load, pin_tokenizer, quietly, written_aside
 from vlm.convert import llava
 from vlm.convert.card import model_card
@@ -76,15 +77,20 @@ def _llava_logits(folder: Path, source: Source, reading: Reading) -> list[torch.
         if wrong := sorted([*report["missing_keys"], *report["unexpected_keys"]]):
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise UserError(f"transformers' LLaVA has no place for, or lacks, {wrong[0]}{more}; use --to vlm")
-        return logits(model, reading.probe, llava_pixels(source.config, reading.probe))
+        got = logits(model, reading.probe, llava_pixels(source.config, reading.probe.pixels))
     except UserError:
         raise
     except Exception as error:  # transformers fails in many ways on folders that it doesn't like
         raise UserError(
             f"transformers' LLaVA can't load what was written ({first_line(error)}); use --to vlm"
         ) from error
+    own = reading.processor
+    self_test.write(model, own, folder, lambda images: llava_pixels(source.config, own.pixels(images)))
+    return got
 
 
 def _own_logits(folder: Path, reading: Reading) -> list[torch.Tensor]:
-    model, _ = load(folder)
-    return logits(model, reading.probe)
+    model, processor = load(folder)
+    got = logits(model, reading.probe)
+    self_test.write(model, processor, folder)
+    return got

@@ -53,15 +53,15 @@ def write_processor(processor: VisionLanguageProcessor, config: VisionLanguageCo
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def llava_pixels(config: VisionLanguageConfig, probe: Probe) -> dict[str, torch.Tensor]:
-    """The probe's images in the form that transformers' LLaVA takes them in."""
+def llava_pixels(config: VisionLanguageConfig, pixels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What our processor makes of images in the form that transformers' LLaVA takes."""
     tokens = config.image_tokens
-    pixels = probe.pixels["pixel_values"]
     if tokens.mode == "none":
-        return {"pixel_values": pixels}
-    views = pixels.split([tokens.views(image.height, image.width) for image in probe.images])
+        return {"pixel_values": pixels["pixel_values"]}
+    sizes = pixels["image_sizes"]
+    views = pixels["pixel_values"].split([tokens.views(height, width) for height, width in sizes.tolist()])
     padded = torch.nn.utils.rnn.pad_sequence(list(views), batch_first=True)  # [I, most views, 3, H, W]
-    return {"pixel_values": padded, "image_sizes": probe.pixels["image_sizes"]}
+    return {"pixel_values": padded, "image_sizes": sizes}
 
 
 def check_processor(folder: Path, ours: VisionLanguageProcessor, config: VisionLanguageConfig, probe: Probe) -> None:
@@ -79,7 +79,7 @@ def check_processor(folder: Path, ours: VisionLanguageProcessor, config: VisionL
             "transformers' processor makes other tokens of a chat with images than ours "
             f"({made['input_ids'].shape[1]} and {len(own)}); nothing was kept"
         )
-    expected = llava_pixels(config, probe)["pixel_values"]
+    expected = llava_pixels(config, probe.pixels)["pixel_values"]
     if made["pixel_values"].shape != expected.shape:
         raise UserError(
             f"transformers' processor makes images of {list(made['pixel_values'].shape)}, ours of "
