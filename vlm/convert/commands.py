@@ -19,6 +19,7 @@ def import_(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
+    from vlm.convert.imported import add_self_test
     from vlm.convert.importing import import_model
     from vlm.convert.progress import shown
 
@@ -26,6 +27,7 @@ def _import(options: argparse.Namespace) -> int:
         notes = import_model(
             options.source, options.out, progress, options.base, options.vision_tower, options.chat_template
         )
+    notes += [note for note in (add_self_test(options.out),) if note]
     for note in notes:
         print(note)
     print(f"done: {options.out}")

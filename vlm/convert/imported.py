@@ -5,14 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from vlm.checkpoint import pin_tokenizer, written_aside
+from vlm import self_test
+from vlm.checkpoint import load, pin_tokenizer, written_aside
 from vlm.configuration import VisionLanguageConfig
 from vlm.convert.tensors import Progress, Tensors, write_tensors
 from vlm.errors import UserError
 from vlm.processing import VisionLanguageProcessor
 
+ROOM = 1.3  # memory that a model takes while it is loaded and asked, by the size of its files
 NO_TEMPLATE = "{folder}: no chat template in it; give one with --chat-template FILE"
 
 
@@ -58,3 +61,20 @@ def write_imported(imported: Imported, out: Path, progress: Progress) -> None:
         if imported.generation is not None:
             text = json.dumps(imported.generation, indent=2) + "\n"
             (partial / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def add_self_test(folder: Path) -> str | None:
+    """Puts a self-test into a folder that was imported, where there is memory for the model (importing needs little).
+
+    Returns what people should know, if there is none.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = psutil.virtual_memory().available
+    if ROOM * size > free:
+        return (
+            f"no {self_test.FILE}, by which servers check the model: it takes {size / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of memory are free; vlm export {folder} --to vlm --out DIR writes one elsewhere"
+        )
+    model, processor = load(folder)
+    self_test.write(model, processor, folder)
+    return None
