@@ -66,6 +66,7 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
         changes = {SELF_TEST: str(folder.resolve()), VERDICT: str(verdict)} if tested else {}
         code = run(command, {**environment(links, api_key), **changes})
         if verdict.is_file():
+            print(file=sys.stderr)  # what ends beside it may leave its last line open
             raise UserError(f"{options.model}: {verdict.read_text(encoding='utf-8')}")
     return code
 
