@@ -22,7 +22,7 @@ from serve.media import Limits
 from serve.server import bind
 from serve.vllm_adapters import adapter_flags
 from serve.vllm_plugin.names import DEEP, DEEP_LANGUAGE_MODELS, MODE, NO_DOMAIN, SELF_TEST, VERDICT
-from vlm import self_test
+from serve.vllm_plugin.startup import has_self_test
 from vlm.checkpoint import ADAPTER_CONFIG, check_source, read_object
 from vlm.configuration import VisionLanguageConfig, context_length
 from vlm.errors import UserError, first_line
@@ -58,9 +58,9 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
     command += fusion_flags(folder, config)
     # argparse takes the last of what is said twice, so flags of one's own win; of middleware the last comes first
     command += [*adapters, *options.rest, "--middleware", GUARD]
+    tested = has_self_test(folder, name, bool(options.skip_self_test))
     address = f"[{options.host}]" if ":" in options.host else options.host
     print(f"{name} is loaded by vLLM now, and will be served at http://{address}:{port} (API: /v1)", flush=True)
-    tested = has_self_test(folder, name, bool(options.skip_self_test))
     with sources() as links:
         verdict = links / "self-test.txt"
         changes = {SELF_TEST: str(folder.resolve()), VERDICT: str(verdict)} if tested else {}
@@ -69,22 +69,6 @@ def launch(options: argparse.Namespace, name: str, api_key: str | None) -> int:
             print(file=sys.stderr)  # what ends beside it may leave its last line open
             raise UserError(f"{options.model}: {verdict.read_text(encoding='utf-8')}")
     return code
-
-
-def has_self_test(folder: Path, name: str, skip: bool) -> bool:
-    """Whether the server has to pass the model's self-test. Where it hasn't, that is printed. UserError for a broken
-    one, unless it is to be skipped."""
-    if skip:
-        print(f"self-test: skipped, so whether vLLM answers as {name} does isn't known", flush=True)
-    elif self_test.read(folder) is None:
-        print(
-            f"self-test: {name} has no {self_test.FILE}, so whether vLLM answers as the model does isn't known; "
-            "folders that vlm train and vlm export write have one",
-            flush=True,
-        )
-    else:
-        return True
-    return False
 
 
 def fusion_flags(folder: Path, config: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from serve.guard import App, Message, Receive, Scope, Send
 from serve.vllm_plugin.names import SELF_TEST, VERDICT
 from vlm.errors import UserError, first_line
-from vlm.self_test import Answer, SelfTest, check, read
+from vlm.self_test import FILE, Answer, SelfTest, check, read
 
 log = logging.getLogger("serve.vllm_plugin.startup")
 CHAT = "/v1/chat/completions"
@@ -21,6 +21,22 @@ WAYS_OUT = (
     "what was changed on purpose gets a new test by vlm export MODEL --to vlm --out DIR, and --skip-self-test serves "
     "the model without one"
 )
+
+
+def has_self_test(folder: Path, name: str, skip: bool) -> bool:
+    """Whether the server has to pass the model's self-test. Where it hasn't, that is printed. UserError for a broken
+    one, unless it is to be skipped."""
+    if skip:
+        print(f"self-test: skipped, so whether vLLM answers as {name} does isn't known", flush=True)
+    elif read(folder) is None:
+        print(
+            f"self-test: {name} has no {FILE}, so whether vLLM answers as the model does isn't known; "
+            "folders that vlm train and vlm export write have one",
+            flush=True,
+        )
+    else:
+        return True
+    return False
 
 
 class SelfTested:

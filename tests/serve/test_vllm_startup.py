@@ -19,9 +19,9 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from serve.server import bind
-from serve.vllm_launch import has_self_test
 from serve.vllm_plugin.guard import ServerGuard
 from serve.vllm_plugin.names import SELF_TEST, VERDICT
+from serve.vllm_plugin.startup import has_self_test
 from tests.serve.helpers import CHAT, wait_until
 from tests.serve.test_vllm_launch import fake, serve, told  # noqa: F401 (a fixture)
 from vlm import UserError, self_test
