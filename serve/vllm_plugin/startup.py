@@ -57,10 +57,8 @@ class SelfTested:
 
         async def send_tested(message: Message) -> None:
             nonlocal failed
-            if failed:  # the application ends as if it had been asked to; to uvicorn it never started
-                return
             if message["type"] == "lifespan.startup.complete" and (wrong := await self._wrong(scope)):
-                failed = True
+                failed = True  # the application has started, and now ends as if it had been asked to
                 self.verdict.write_text(wrong, encoding="utf-8")
                 message = {"type": "lifespan.startup.failed", "message": wrong}
             await send(message)

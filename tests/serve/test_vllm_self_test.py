@@ -1,5 +1,6 @@
 """Real vLLM on the CPU: a model that answers as when it was saved is served, one that was changed serves nobody."""
 
+import json
 import os
 import re
 import socket
@@ -8,59 +9,51 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from tests.serve.helpers import picture
-from tests.serve.vllm_models import Case, Oracle, assert_same_tokens, build
+from tests.serve.vllm_models import Case, build
 from tests.serve.vllm_server import FLAGS, ROOT, serving, vllm_python
-from vlm import load
 from vlm.checkpoint import read_object
+from vlm.self_test import BOUNDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 0.02), ("bf16", 0.3)])
-def test_a_model_as_it_was_saved_is_served(tmp_path: Path, dtype: str, bound: float) -> None:
+def test_a_model_as_it_was_saved_is_served(tmp_path: Path) -> None:
     build(tmp_path / "model", "deep, mlp")
-    with serving(tmp_path / "model", tmp_path, "--dtype", dtype) as server:
+    with serving(tmp_path / "model", tmp_path, "--dtype", "bf16") as server:
         said = re.search(r"self-test: .* are (\S+) apart \(up to (\S+) is rounding", server.log.read_text())
         assert said is not None
-        assert float(said[2]) == bound
-        assert float(said[1]) < bound / 4, "there is little room for other machines"
-        asked = [Case("what is it?", (picture(1),))]
-        got = server.ask(asked)
-        if dtype == "fp32":
-            assert_same_tokens(Oracle(*load(tmp_path / "model")), asked, got)
+        assert float(said[2]) == BOUNDS["bfloat16"]
+        assert float(said[1]) < BOUNDS["bfloat16"] / 4, "there is little room for other machines"
+        assert len(server.ask([Case("what is it?", (picture(1),))])) == 1
 
 
-def gates_shut(weights: dict[str, torch.Tensor]) -> None:
+def shut_gates(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
     names = [name for name in weights if name.endswith("gate")]
     assert names
     for name in names:
         weights[name].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def projector_permuted(weights: dict[str, torch.Tensor]) -> None:
-    name = max(name for name in weights if name.startswith("multi_modal_projector") and name.endswith("weight"))
-    weights[name] = weights[name].flip(0).contiguous()
+def brighten(folder: Path) -> None:
+    path = folder / "processor_config.json"
+    settings = read_object(path)
+    images = settings["image_processor"]
+    images["image_mean"] = [mean + 0.1 for mean in images["image_mean"]]
+    path.write_text(json.dumps(settings))
 
 
-@pytest.mark.parametrize(
-    ("kind", "change"),
-    [("deep, mlp", gates_shut), ("mlp", projector_permuted)],
-)
-def test_a_model_that_was_changed_serves_nobody(
-    tmp_path: Path, kind: str, change: Callable[[dict[str, torch.Tensor]], Any]
-) -> None:
+@pytest.mark.parametrize(("kind", "change"), [("deep, mlp", shut_gates), ("mlp", brighten)])
+def test_a_model_that_was_changed_serves_nobody(tmp_path: Path, kind: str, change: Callable[[Path], None]) -> None:
     folder = tmp_path / "model"
     build(folder, kind)
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    change(folder)
     code, answered, errors = watched(folder, tmp_path)
     assert code == 1
     assert not answered
@@ -70,22 +63,6 @@ def test_a_model_that_was_changed_serves_nobody(
     )
     assert "--skip-self-test" in last
     assert 'File "/' not in errors, "a traceback"
-
-
-def test_pictures_prepared_in_another_way_are_noticed_and_one_may_skip_the_test(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    build(folder, "mlp")
-    path = folder / "processor_config.json"
-    mean = read_object(path)["image_processor"]["image_mean"]
-    text = path.read_text()
-    path.write_text(re.sub(r'("image_mean": \[)[^]]*', rf"\1 {', '.join(str(value + 0.1) for value in mean)}", text))
-    assert path.read_text() != text
-    code, answered, errors = watched(folder, tmp_path)
-    assert (code, answered) == (1, False)
-    assert "differently" in errors
-    with serving(folder, tmp_path, "--skip-self-test") as server:
-        assert "self-test: skipped" in server.log.read_text()
-        assert len(server.ask([Case("what is it?", (picture(1),))])) == 1
 
 
 def watched(folder: Path, here: Path) -> tuple[int, bool, str]:

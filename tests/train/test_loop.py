@@ -16,6 +16,7 @@ from train.loop import run_training, set_rates
 from train.objectives import summed_cross_entropy
 from train.recipe import Stage, load_recipe
 from train.state import save_state
+from vlm import load, self_test
 from vlm.cli import main
 
 
@@ -206,3 +207,12 @@ def test_a_recipe_goes_from_nothing_to_a_servable_model(scenes: Path, tmp_path: 
     assert "<img" in (tmp_path / "eval" / "report.html").read_text()
     assert main(["report", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "report.html").read_text().count("<svg") == 3
+
+
+def test_what_was_trained_in_bf16_is_asked_in_the_format_that_it_is_saved_in(scenes: Path, tmp_path: Path) -> None:
+    folder = train_once(scenes, tmp_path / "run", "precision=bf16", steps=2) / "model"
+    test, (model, processor) = self_test.read(folder), load(folder)
+    assert test is not None
+    again = self_test.make(model, processor, processor.pixels)
+    assert test.dtype == again.dtype == "float32"
+    assert self_test.distance(test.steps, [(step[0][0], dict(step)) for step in again.steps]) < 1e-5
