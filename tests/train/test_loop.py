@@ -1,11 +1,13 @@
 """The loop: the same update however it is split, the same run however often it is killed."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -209,6 +211,15 @@ def test_a_recipe_goes_from_nothing_to_a_servable_model(scenes: Path, tmp_path: 
     assert (tmp_path / "run" / "report.html").read_text().count("<svg") == 3
 
 
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """accelerate keeps the first one of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("another_precision")
 def test_what_was_trained_in_bf16_is_asked_in_the_format_that_it_is_saved_in(scenes: Path, tmp_path: Path) -> None:
     folder = train_once(scenes, tmp_path / "run", "precision=bf16", steps=2) / "model"
     test, (model, processor) = self_test.read(folder), load(folder)
