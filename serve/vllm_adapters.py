@@ -29,8 +29,11 @@ def adapter_flags(adapters: Sequence[str], config: Mapping[str, Any]) -> list[st
     connector = [name for name, folder in folders.items() if any(CONNECTOR in key for key in _tensors(folder))]
     if connector:
         kind = dict(config.get("connector") or {}).get("type", "mlp")
+        kind = f"{kind} of deep fusion" if config.get("fusion") == "deep" else kind
         if kind != "mlp":
-            told = f"--adapter {connector[0]}: changes a {kind} connector, and vLLM's LoRA reaches the mlp only"
+            told = (
+                f"--adapter {connector[0]}: changes its connector ({kind}); vLLM's LoRA reaches early fusion's mlp only"
+            )
             raise UserError(f"{told}; {_merge(str(folders[connector[0]]))}")
         flags.append("--enable-tower-connector-lora")
     return [*flags, "--lora-modules", *(f"{name}={folder}" for name, folder in folders.items())]

@@ -30,8 +30,8 @@ class ServedCrossAttention(GatedCrossAttention):
         super().__init__(settings, width, media_width, linear)
         self.state = state
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """hidden: [T, D], all requests' tokens of a step."""
+    def attend(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [T, D] of the LM, all requests' tokens of a step -> the same after this block."""
         attended, sees = torch.ops.vllm.attend_to_media(self.query(hidden), self.state.prefix)
         return self.fuse(hidden, attended, sees)
 
@@ -106,18 +106,18 @@ class DeepVisionLanguageModel(VisionLanguageModel, IsHybrid):
         if is_image is None:
             is_image = torch.zeros(requests.starts[-1], dtype=torch.bool)
         attend = self.config.cross_attention_settings.attend
-        (slot, column), looks = enter(
+        (request, column), looks = enter(
             first.kv_cache[2], requests, is_image.to(first.kv_cache[2].device), [len(t) for t in tokens], attend
         )
         for block in blocks:
-            found[block.state.prefix].looks = looks
+            own = found[block.state.prefix]
+            own.looks = looks
             if tokens:
-                key, value = block.project(torch.cat(tokens))
+                place = own.slots[request], column
                 keys, values, _ = block.state.kv_cache
-                keys[slot, column] = key
-                values[slot, column] = value
+                keys[place], values[place] = block.project(torch.cat(tokens))
 
 
 def _attend_before_layer(_layer: nn.Module, args: tuple[Any, ...], *, block: ServedCrossAttention) -> tuple[Any, ...]:
     positions, hidden, residual, *rest = args
-    return (positions, block(hidden if residual is None else hidden + residual), None, *rest)
+    return (positions, block.attend(hidden if residual is None else hidden + residual), None, *rest)

@@ -6,7 +6,7 @@ from vllm.config import CompilationConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from serve.vllm_plugin.names import DEEP_LANGUAGE_MODELS, MEDIA_OPERATION
+from serve.vllm_plugin.names import MEDIA_OPERATION
 from vlm.configuration import VisionLanguageConfig
 from vlm.fusion import gated_layer_indices
 
@@ -68,8 +68,7 @@ def can_be_cut(config: VisionLanguageConfig, ranks: int) -> bool:
 
 
 def _refuse(vllm_config: VllmConfig) -> None:
-    config: VisionLanguageConfig = vllm_config.model_config.hf_config
-    parallel, kind = vllm_config.parallel_config, config.get_text_config().model_type
+    parallel = vllm_config.parallel_config
     contexts = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     asked = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
@@ -79,7 +78,6 @@ def _refuse(vllm_config: VllmConfig) -> None:
         "transfer of the cache": vllm_config.kv_transfer_config is not None,
         "transfer of images": vllm_config.ec_transfer_config is not None,
         "a limit of no images": image_limit(vllm_config) < 1,
-        f"a language model of the kind {kind}": kind not in DEEP_LANGUAGE_MODELS,
     }
     for feature, is_asked in asked.items():
         if is_asked:

@@ -12,10 +12,10 @@ from torch import nn
 
 @dataclass
 class Requests:
-    """The requests of a step, whose tokens lie flat, one request after another. vLLM makes one of these for all states.
+    """The requests of a step, whose tokens lie flat, one request after another.
 
-    slots: where each one's state lies; starts: its first token, and at the end the number of tokens; begins: it has
-    no state yet; looks: who sees what, found by the model when it knows the images.
+    slots: where each one's state lies, which may differ from layer to layer; starts: its first token, and at the end
+    the number of tokens; begins: it has no state yet; looks: who sees what, found when the images are known.
     """
 
     slots: torch.Tensor  # [B]
@@ -29,7 +29,7 @@ class Look:
     """Tokens that look at images together: a row of one token for each of many requests, or all of one request."""
 
     tokens: torch.Tensor  # [R, T] their places in the step
-    slots: torch.Tensor  # [R]
+    requests: torch.Tensor  # [R]
     visible: torch.Tensor  # [R, 1, T, M]
 
 
@@ -39,7 +39,7 @@ def enter(
     """Enters the images that come with a step, and finds what its tokens see.
 
     owners: [slots, M], changed; is_image: [T], True at the tokens that bring an image; lengths: visual tokens of each
-    such image. Returns where their visual tokens go, (slot, column) [S] each, and the looks.
+    such image. Returns where their visual tokens go, (request, column) [S] each, and the looks.
     """
     device = owners.device
     owners[requests.slots[requests.begins]] = 0
@@ -47,9 +47,8 @@ def enter(
     images_before = known.amax(1)
     starts = torch.tensor(requests.starts, device=device)
     seen = nn.functional.pad(is_image.cumsum(0), (1, 0))  # [T + 1] images among the tokens before
-    place = _places(known, starts, is_image.nonzero()[:, 0], lengths)
-    slot, column = requests.slots[place[0]], place[1]
-    owners[slot, column] = place[2].to(owners.dtype)
+    request, column, number = _places(known, starts, is_image.nonzero()[:, 0], lengths)
+    owners[requests.slots[request], column] = number.to(owners.dtype)
     known = owners[requests.slots]
     filled = (known > 0).sum(1).tolist()
     counts = [stop - start for start, stop in pairwise(requests.starts)]
@@ -63,8 +62,8 @@ def enter(
         latest = images_before[row][:, None] + seen[tokens + 1] - seen[starts[row]][:, None]  # [R, T]
         owner = known[row, : max(filled[r] for r in rows)][:, None, :]  # [R, 1, M]
         visible = owner == latest[..., None] if attend == "last" else owner <= latest[..., None]
-        looks.append(Look(tokens, requests.slots[row], (visible & (owner > 0))[:, None]))
-    return (slot, column), tuple(looks)
+        looks.append(Look(tokens, row, (visible & (owner > 0))[:, None]))
+    return (request, column), tuple(looks)
 
 
 def _places(

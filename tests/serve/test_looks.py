@@ -66,11 +66,13 @@ def test_pieces_of_requests_see_what_whole_prompts_see(attend: str, seed: int) -
         starts = [sum(pieces[:k]) for k in range(len(pieces) + 1)]
         begins = torch.tensor([one.computed == 0 for one in step])
         requests = Requests(torch.tensor([one.slot for one in step]), starts, begins)
-        place, looks = enter(owners, requests, flat == IMAGE, [len(image) for image in new], attend)
-        names[place] = torch.tensor([name for image in new for name in image], dtype=torch.long)
+        (request, column), looks = enter(owners, requests, flat == IMAGE, [len(image) for image in new], attend)
+        names[requests.slots[request], column] = torch.tensor(
+            [name for image in new for name in image], dtype=torch.long
+        )
         found: dict[int, set[int]] = {}
         for look in looks:
-            for row, slot in enumerate(look.slots.tolist()):
+            for row, slot in enumerate(requests.slots[look.requests].tolist()):
                 for column, token in enumerate(look.tokens[row].tolist()):
                     visible = look.visible[row, 0, column]
                     assert token not in found

@@ -1,14 +1,18 @@
 """Deep fusion in a real vLLM: the same tokens as our own generate, whatever the scheduler does meanwhile."""
 
+import json
+import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.serve.helpers import CHAT, picture, refused
 from tests.serve.test_vllm import assert_images_matter
 from tests.serve.vllm_models import Case, Oracle, assert_same_tokens, build, cases
-from tests.serve.vllm_server import Server, chat, serving
+from tests.serve.vllm_server import ROOT, Server, chat, serving, vllm_python
 from vlm import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -33,6 +37,44 @@ def ask_all(folder: Path, kind: str, flags: Sequence[str], count: int, max_token
             crowd = Case("what?", tuple(picture(seed) for seed in range(IMAGES + 1)))
             assert str(IMAGES) in refused(client.post(CHAT, json=chat(crowd, max_tokens=3)))["message"]
     return server
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "served": {"tensor_parallel_size": 2},
+    "pipeline parallelism": {"pipeline_parallel_size": 2},
+    "context parallelism": {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+    "speculative decoding": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+    "prefix caching": {"enable_prefix_caching": True},
+    "transfer of the cache": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "a limit of no images": {"limit_mm_per_prompt": {"image": 0}},
+}
+ASK_FOR_SETTINGS = """
+import json, sys
+from serve.vllm_plugin import register
+from vllm.engine.arg_utils import EngineArgs
+
+register()
+deep = {"hf_overrides": {"architectures": ["DeepVisionLanguageModel"]}, "enable_prefix_caching": False}
+for settings in json.loads(sys.argv[2]):
+    try:
+        EngineArgs(sys.argv[1], tokenizer_mode="vlm", **{**deep, **settings}).create_engine_config()
+        told = "served"
+    except ValueError as error:
+        told = str(error)
+    print("told:", " ".join(told.split()))
+"""
+
+
+def test_settings_that_deep_fusion_is_not_served_with_are_refused_by_name(tmp_path: Path) -> None:
+    build(tmp_path / "model", "deep, mlp")
+    command = [vllm_python(), "-P", "-c", ASK_FOR_SETTINGS, str(tmp_path / "model"), json.dumps([*SETTINGS.values()])]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True
+    )
+    told = [line for line in done.stdout.splitlines() if line.startswith("told:")]
+    assert len(told) == len(SETTINGS), done.stderr[-2000:]
+    for (name, settings), line in zip(SETTINGS.items(), told, strict=True):
+        assert (f"not served with {name}" in line) if name != "served" else line == "told: served", (settings, line)
 
 
 def test_requests_that_are_thrown_out_and_read_in_pieces_say_the_same(tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ def test_what_vllm_cannot_serve_is_said_before_the_start(
         (model, ["--adapter", f"cats={empty}"], "no adapter_model.safetensors"),
         (tiny_models("deep", "mlp"), ["--adapter", f"cats={gated}"], "changes the gated blocks"),
         (tmp_path / "opt", [], "deep fusion before layers of a opt model"),
-        (tiny_models("early", "perceiver"), ["--adapter", f"cats={connector}"], "reaches the mlp only"),
+        (tiny_models("early", "perceiver"), ["--adapter", f"cats={connector}"], "reaches early fusion's mlp only"),
+        (tiny_models("deep", "mlp"), ["--adapter", f"cats={connector}"], "mlp of deep fusion"),
         (model, ["--max-waiting", "3"], "--max-waiting: only --engine torch"),
     ):
         assert serve(folder, fake, *options) == 1
