@@ -26,11 +26,16 @@ class Requests:
 
 @dataclass(frozen=True)
 class Look:
-    """Tokens that look at images together: a row of one token for each of many requests, or all of one request."""
+    """Tokens that look at images together: a row of one token for each of many requests, or all of one request.
+
+    sees: whether a token sees anything; mask: what it looks at, which is everything where it sees nothing, since
+    softmax over nothing is undefined.
+    """
 
     tokens: torch.Tensor  # [R, T] their places in the step
     requests: torch.Tensor  # [R]
-    visible: torch.Tensor  # [R, 1, T, M]
+    sees: torch.Tensor  # [R, T, 1]
+    mask: torch.Tensor  # [R, 1, T, M]
 
 
 def enter(
@@ -62,7 +67,9 @@ def enter(
         latest = images_before[row][:, None] + seen[tokens + 1] - seen[starts[row]][:, None]  # [R, T]
         owner = known[row, : max(filled[r] for r in rows)][:, None, :]  # [R, 1, M]
         visible = owner == latest[..., None] if attend == "last" else owner <= latest[..., None]
-        looks.append(Look(tokens, row, (visible & (owner > 0))[:, None]))
+        visible &= owner > 0
+        sees = visible.any(-1, keepdim=True)
+        looks.append(Look(tokens, row, sees, (visible | ~sees)[:, None]))
     return (request, column), tuple(looks)
 
 

@@ -81,14 +81,13 @@ class MediaState(nn.Module, MambaBase):
         attended, sees = torch.zeros_like(query), query.new_zeros(len(query), 1, dtype=torch.bool)
         keys, values, _ = self.kv_cache
         for look in requests.looks:
-            slots, width = requests.slots[look.requests], look.visible.shape[-1]
+            slots, width = requests.slots[look.requests], look.mask.shape[-1]
             key, value = (part[slots, :width].transpose(1, 2) for part in (keys, values))  # [R, H, M, Dh]
-            any_visible = look.visible.any(-1)[:, 0, :, None]  # [R, T, 1]
             found = nn.functional.scaled_dot_product_attention(
-                query[look.tokens].transpose(1, 2), key, value, attn_mask=look.visible | ~any_visible[:, None]
+                query[look.tokens].transpose(1, 2), key, value, attn_mask=look.mask
             )
             attended[look.tokens] = found.transpose(1, 2)
-            sees[look.tokens] = any_visible
+            sees[look.tokens] = look.sees
         return attended, sees
 
 

@@ -74,7 +74,7 @@ def test_pieces_of_requests_see_what_whole_prompts_see(attend: str, seed: int) -
         for look in looks:
             for row, slot in enumerate(requests.slots[look.requests].tolist()):
                 for column, token in enumerate(look.tokens[row].tolist()):
-                    visible = look.visible[row, 0, column]
+                    visible = look.mask[row, 0, column] & look.sees[row, column]
                     assert token not in found
                     found[token] = set(names[slot, : len(visible)][visible].tolist())
         for one, start, piece in zip(step, starts, pieces, strict=False):
