@@ -72,6 +72,7 @@ def test_pieces_of_requests_see_what_whole_prompts_see(attend: str, seed: int) -
         )
         found: dict[int, set[int]] = {}
         for look in looks:
+            assert look.mask.any(-1).all(), "softmax over nothing"
             for row, slot in enumerate(requests.slots[look.requests].tolist()):
                 for column, token in enumerate(look.tokens[row].tolist()):
                     visible = look.mask[row, 0, column] & look.sees[row, column]
