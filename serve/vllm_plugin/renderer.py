@@ -110,5 +110,7 @@ def _prompt(ids: list[int], images: Any) -> Prompt:
     # uuids, by which a client may name an image, are left out: they would find other clients' images in the cache
     prompt: Prompt = {"prompt_token_ids": ids}
     if images is not None:
+        if any(image is None for image in images.get("image", ())):  # what vLLM makes of an empty address
+            raise VLLMValidationError("image_url: the address of the image is empty", parameter="messages")
         prompt["multi_modal_data"] = images
     return prompt
