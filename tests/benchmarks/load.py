@@ -1,4 +1,4 @@
-"""What the serving benchmarks share: the demo's held-out questions, a server of either engine, clients that wait little.
+"""What the serving benchmarks share: the demo's held-out questions, a server of either engine, and light clients.
 
 The clients write ready bytes to plain connections, since on a small machine they share its cores with the server.
 """
@@ -47,7 +47,7 @@ class Asked:
 
 
 def held_out(seed: int, start: int, stop: int) -> list[Asked]:
-    """Questions number `start` to `stop` of the held-out scenes of the demo with this seed; past its last they go on."""
+    """Questions `start` to `stop` about the held-out scenes of the demo with this seed; past its last they go on."""
     found = []
     for index in range(start, stop):
         drawn, question = heldout_item(seed, index)
@@ -125,7 +125,8 @@ def _port(process: subprocess.Popen[bytes], log: Path) -> int:
     while time.monotonic() < end:
         said = log.read_text(errors="replace")
         if process.poll() is not None:
-            raise SystemExit(f"the server ended: {said[-3000:]}")
+            errors = "\n".join(line for line in said.splitlines() if "Error: " in line)[:2000]
+            raise SystemExit(f"the server ended: {errors or said[-2000:]}")
         found = re.search(r"served at http://[\d.]+:(\d+)", said)
         if found:
             try:

@@ -2,13 +2,14 @@
 
     python tests/benchmarks/serve_deep.py runs/deep/model runs/early/model --vllm-python ~/vllm/bin/python
 
-Four servers stand side by side and are asked one at a time, in turn, the demo's held-out questions over HTTP by 1, 4, 16
-and 64 clients; no picture comes twice to a server. Prints medians over the rounds as markdown, and of each server the
+Four servers stand side by side and are asked one at a time, in turn, the demo's held-out questions over HTTP by 1, 4,
+16 and 64 clients; no picture comes twice to a server. Prints medians over the rounds as markdown, and of each server the
 processor time by process, vLLM's own figures, and what the model alone would need. Flags behind -- are vLLM's (on a
 GPU, --gpu-memory-utilization, since two of them share it).
 """
 
 import argparse
+import base64
 import os
 import statistics
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,13 @@ import torch
 from ask_demo import split
 from load import Asked, Run, Server, ask, held_out, serving
 
-from serve.media import prepare_image
+from serve.media import Limits, prepare_image
 from serve.runner import ModelRunner, Prompt
 from vlm import load as load_model
 from vlm.device import pick_device, pick_dtype
 from vlm.images import decode_image
 
-LOADS = ("new tokens", "new tokens, no image", "real answers")
+LOADS = ("answers of one length", "answers of one length, no image", "real answers")
 REAL_TOKENS = 16
 
 
@@ -72,7 +74,7 @@ def main() -> None:
         for turn in range(-1, options.rounds):  # the first warms up
             for clients in options.clients:
                 for load in LOADS:
-                    count = 16 + 5 * clients
+                    count = 16 + 5 * clients if turn >= 0 else 2 * clients
                     asked = held_out(options.seed, drawn, drawn + count)
                     drawn += count
                     for (fusion, engine), server in servers.items():
@@ -122,13 +124,16 @@ def vllm_figures(grown: dict[str, float], run: Run) -> dict[str, float]:
     steps = grown.get("vllm:iteration_tokens_total_count", 0.0)
     if not steps:
         return {}
-    mean: Callable[[str], float] = lambda name: 1000 * grown[f"{name}_sum"] / max(1.0, grown[f"{name}_count"])  # noqa: E731
+
+    def mean(name: str) -> float:
+        return 1000 * grown[f"vllm:{name}_seconds_sum"] / max(1.0, grown[f"vllm:{name}_seconds_count"])
+
     return {
         "ms/step": 1000 * run.seconds / steps,
         "tokens/step": grown["vllm:generation_tokens_total"] / steps,
-        "queue ms": mean("vllm:request_queue_time_seconds"),
-        "prefill ms": mean("vllm:request_prefill_time_seconds"),
-        "ms between tokens": mean("vllm:inter_token_latency_seconds"),
+        "queue ms": mean("request_queue_time"),
+        "prefill ms": mean("request_prefill_time"),
+        "ms between tokens": mean("inter_token_latency"),
     }
 
 
@@ -140,7 +145,7 @@ def print_rates(found: Found, clients: Sequence[int], tokens: int) -> None:
         lengths = [statistics.mean(figures.tokens) for (_, _, name, _), figures in found.items() if name == load]
         if load != "real answers" and any(length != tokens for length in lengths):
             raise SystemExit(f"answers have {lengths} tokens where {tokens} were asked for")
-        print(f"\n### Requests/s, {statistics.mean(lengths):.3g} {load}: median (lowest to highest)\n")
+        print(f"\n### Requests/s, {load} ({statistics.mean(lengths):.3g} tokens): median (lowest to highest)\n")
         table_head("", *(f"{count} client{'s' * (count > 1)}" for count in clients))
         middle = {key: statistics.median(figures.rates) for key, figures in found.items()}
         for fusion in ("deep", "early"):
@@ -182,32 +187,40 @@ def print_floor(fusion: str, folder: Path, options: argparse.Namespace) -> None:
     """What the model alone takes, in plain torch in this process, once all servers have ended."""
     device = pick_device("auto")
     model, processor = load_model(folder, device, pick_dtype(options.dtype, device))
-    runner = ModelRunner(model, max(options.clients), 0)
-    (first,) = held_out(options.seed, 0, 1)
-    data = __import__("base64").b64decode(first.url.partition(",")[2])
-    image = prepare_image(decode_image(data, "image", 10**8), processor)
-    chat = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": first.question.text}]}
-    ]
-    placeholders = processor.placeholders([decode_image(data, "image", 10**8)])
-    ids = processor.chat.encode(chat, placeholders, add_generation_prompt=True).input_ids
+    runner = ModelRunner(model, max(options.clients), image_cache_bytes=0)
+    (asked,) = held_out(options.seed, 0, 1)
+    data = base64.b64decode(asked.url.partition(",")[2])
+    picture = decode_image(data, "image", Limits.image_pixels)
+    image = prepare_image(picture, processor)
+    content = [{"type": "image"}, {"type": "text", "text": asked.question.text}]
+    chat = processor.chat.encode(
+        [{"role": "user", "content": content}], processor.placeholders([picture]), add_generation_prompt=True
+    )
     visuals = runner.encode([image])
-    print(f"\n### The {fusion} model alone, in torch on {device.type}, {torch.get_num_threads()} threads\n")
-    parts = {name: 0 for name in ("vision_tower", "multi_modal_projector", "cross_attention", "language_model")}
+    prompt = Prompt(chat.input_ids, visuals)
+    sizes = dict.fromkeys(("vision_tower", "multi_modal_projector", "cross_attention", "language_model"), 0)
     for name, parameter in model.named_parameters():
-        part = next((part for part in parts if part in name.split(".")), "language_model")
-        parts[part] += parameter.numel()
-    print(", ".join(f"{name} {size / 1e6:.2f} M" for name, size in parts.items()), f"parameters; prompt of {len(ids)}\n")
+        sizes[next(part for part in sizes if part in name)] += parameter.numel()
+    print(f"\n### The {fusion} model alone, in torch on {device.type} ({torch.get_num_threads()} threads)\n")
+    shown = ", ".join(f"{part} {size / 1e6:.2f} M" for part, size in sizes.items())
+    print(f"{shown} parameters; a prompt of {len(prompt.input_ids)} tokens.\n")
     table_head("what", "ms")
-    table_row("decode and scale a picture", f"{timed(lambda: prepare_image(decode_image(data, 'i', 10**8), processor)):.2f}")
-    table_row("encode a picture", f"{timed(lambda: runner.encode([image])):.2f}")
-    table_row("read the prompt", f"{timed(lambda: runner.prefill([Prompt(ids, visuals)], 0)):.2f}")
-    for count in options.clients:
-        for begin in range(count):
-            runner.prefill([Prompt(ids, visuals)], begin)
-        runner.show([runner.media_of(visuals)] * count)
-        positions = [len(ids)] * count
-        table_row(f"a token more for each of {count}", f"{timed(lambda: runner.decode([ids[-1]] * count, positions)):.2f}")
+    read = timed(lambda: prepare_image(decode_image(data, "image", Limits.image_pixels), processor))
+    encode = timed(lambda: runner.encode([image]))
+    prefill = timed(lambda: runner.prefill([prompt], 0))
+    table_row("read and scale a picture", f"{read:.2f}")
+    table_row("encode it", f"{encode:.2f}")
+    table_row("read a prompt", f"{prefill:.2f}")
+    bounds = []
+    for rows in options.clients:
+        for row in range(rows):
+            runner.prefill([prompt], row)
+        runner.show([runner.media_of(visuals)] * rows)
+        step = timed(partial(runner.decode, [prompt.input_ids[-1]] * rows, [len(prompt.input_ids)] * rows))
+        table_row(f"a step of {rows} rows", f"{step:.2f}")
+        bounds.append(1000 / (encode + prefill + (options.tokens - 1) * step / rows))
+    shown = ", ".join(f"{bound:.1f}" for bound in bounds)
+    print(f"\nRequests/s of {options.tokens} tokens at most, if there were nothing else to do: {shown}.")
 
 
 def timed(work: Callable[[], object], seconds: float = 1.0) -> float:

@@ -1,7 +1,7 @@
 """Clients of a real vLLM that leave before their answer is whole, and clients whose image is broken."""
 
 import base64
-import io
+import contextlib
 import json
 import random
 import re
@@ -103,10 +103,8 @@ def _hang_up(url: str, body: bytes, half: bool) -> None:
         connection.sendall(sent[: len(sent) // 2] if half else sent)
         if not half:
             connection.settimeout(0.15)  # so that the server has read it, and is at any point of its work
-            try:
+            with contextlib.suppress(TimeoutError):
                 connection.recv(1)
-            except TimeoutError:
-                pass
 
 
 def broken_urls() -> dict[str, str]:
@@ -153,7 +151,7 @@ def _file(image: Image.Image, kind: str) -> bytes:
 
 
 def assert_broken_images_are_harmless(server: Server, oracle: Oracle, count: int) -> None:
-    """So many requests with a broken image, alone or after a good one, get a 4xx in our shape; others, right answers."""
+    """So many requests with a broken image, alone or beside a good one, get a 4xx in our shape; others, right answers."""
     urls = list(broken_urls().items())
     asked = cases(max(9, count // 4))
     with ThreadPoolExecutor(5) as pool, server.client() as client:
