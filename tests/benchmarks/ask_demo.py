@@ -2,7 +2,8 @@
 
     python tests/benchmarks/ask_demo.py runs/demo/model --vllm-python ~/vllm/bin/python
 
-Asks both servers over HTTP, in fp32, and prints how many answers of each were right, and how many differ. Exits with 1 when the accuracies differ by more than 0.2 points. Flags behind -- are vLLM's.
+Asks both servers over HTTP, in fp32, and prints how many answers of each were right, and how many differ. Exits
+with 1 when the accuracies differ by more than 0.2 points. Flags behind -- are vLLM's.
 """
 
 import argparse

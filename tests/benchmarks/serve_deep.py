@@ -3,8 +3,8 @@
     python tests/benchmarks/serve_deep.py runs/deep/model runs/early/model --vllm-python ~/vllm/bin/python
 
 Four servers stand side by side and are asked one at a time, in turn, the demo's held-out questions over HTTP by 1, 4,
-16 and 64 clients; no picture comes twice to a server. Prints medians over the rounds as markdown, and of each server the
-processor time by process, vLLM's own figures, and what the model alone would need. Flags behind -- are vLLM's (on a
+16 and 64 clients; no picture comes twice to a server. Prints medians over the rounds as markdown, and of each server
+the processor time by process, vLLM's own figures, and what the model alone would need. Flags behind -- are vLLM's (on a
 GPU, --gpu-memory-utilization, since two of them share it).
 """
 
