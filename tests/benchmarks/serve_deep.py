@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from ask_demo import split
 from load import Asked, Run, Server, ask, held_out, serving
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from serve.media import Limits, prepare_image
 from serve.runner import ModelRunner, Prompt
@@ -187,7 +189,7 @@ def print_floor(fusion: str, folder: Path, options: argparse.Namespace) -> None:
     """What the model alone takes, in plain torch in this process, once all servers have ended."""
     device = pick_device("auto")
     model, processor = load_model(folder, device, pick_dtype(options.dtype, device))
-    runner = ModelRunner(model, max(options.clients), image_cache_bytes=0)
+    runner = ModelRunner(model.requires_grad_(False), max(options.clients), image_cache_bytes=0)
     (asked,) = held_out(options.seed, 0, 1)
     data = base64.b64decode(asked.url.partition(",")[2])
     picture = decode_image(data, "image", Limits.image_pixels)
@@ -204,27 +206,55 @@ def print_floor(fusion: str, folder: Path, options: argparse.Namespace) -> None:
     print(f"\n### The {fusion} model alone, in torch on {device.type} ({torch.get_num_threads()} threads)\n")
     shown = ", ".join(f"{part} {size / 1e6:.2f} M" for part, size in sizes.items())
     print(f"{shown} parameters; a prompt of {len(prompt.input_ids)} tokens.\n")
-    table_head("what", "ms")
+    table_head("what", "ms", "operators", "MFLOP")
     read = timed(lambda: prepare_image(decode_image(data, "image", Limits.image_pixels), processor))
-    encode = timed(lambda: runner.encode([image]))
-    prefill = timed(lambda: runner.prefill([prompt], 0))
-    table_row("read and scale a picture", f"{read:.2f}")
-    table_row("encode it", f"{encode:.2f}")
-    table_row("read a prompt", f"{prefill:.2f}")
+    table_row("read and scale a picture", f"{read:.2f}", "", "")
+    encode = cost("encode it", lambda: runner.encode([image]))
+    prefill = cost("read a prompt", lambda: runner.prefill([prompt], 0))
     bounds = []
     for rows in options.clients:
         for row in range(rows):
             runner.prefill([prompt], row)
         runner.show([runner.media_of(visuals)] * rows)
-        step = timed(partial(runner.decode, [prompt.input_ids[-1]] * rows, [len(prompt.input_ids)] * rows))
-        table_row(f"a step of {rows} rows", f"{step:.2f}")
+        ids, places = [prompt.input_ids[-1]] * rows, [len(prompt.input_ids)] * rows
+        step = cost(f"a step of {rows} rows", partial(runner.decode, ids, places))
         bounds.append(1000 / (encode + prefill + (options.tokens - 1) * step / rows))
+    left, right = torch.randn(2, 1024, 1024, device=device, dtype=model.dtype)
+    speed = 2 * 1024**3 / 1e6 / timed(lambda: left @ right)
     shown = ", ".join(f"{bound:.1f}" for bound in bounds)
     print(f"\nRequests/s of {options.tokens} tokens at most, if there were nothing else to do: {shown}.")
+    print(f"A large matrix product reaches {speed:.0f} GFLOP/s here; all weights are {size_of(model):.1f} MB.")
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is called below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def cost(what: str, work: Callable[[], object]) -> float:
+    """Milliseconds of a piece of work; prints its row."""
+    taken = timed(work)
+    with Operators() as operators:
+        work()
+    with FlopCounterMode(display=False) as counter:
+        work()
+    table_row(what, f"{taken:.2f}", str(operators.count), f"{counter.get_total_flops() / 1e6:.2f}")
+    return taken
+
+
+def size_of(model: torch.nn.Module) -> float:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1e6
 
 
 def timed(work: Callable[[], object], seconds: float = 1.0) -> float:
-    """Milliseconds, the median of as many as fit."""
+    """Milliseconds, the least of as many as fit: what it takes when nobody else wants the cores."""
     taken: list[float] = []
     work()
     while sum(taken) < seconds:
@@ -233,7 +263,7 @@ def timed(work: Callable[[], object], seconds: float = 1.0) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
-    return 1000 * statistics.median(taken)
+    return 1000 * min(taken)
 
 
 def table_head(*names: str) -> None:

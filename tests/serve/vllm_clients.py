@@ -151,7 +151,7 @@ def _file(image: Image.Image, kind: str) -> bytes:
 
 
 def assert_broken_images_are_harmless(server: Server, oracle: Oracle, count: int) -> None:
-    """So many requests with a broken image, alone or beside a good one, get a 4xx in our shape; others right answers."""
+    """So many requests with a broken image, alone or beside a good one, get a 4xx in our shape, others right ones."""
     urls = list(broken_urls().items())
     asked = cases(max(9, count // 4))
     with ThreadPoolExecutor(5) as pool, server.client() as client:
