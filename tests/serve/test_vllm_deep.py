@@ -30,7 +30,7 @@ def ask_all(folder: Path, kind: str, flags: Sequence[str], count: int, max_token
     assert_images_matter(oracle)
     with serving(folder / "model", folder, flags=(*LIMIT, *flags)) as server:
         got = server.ask(asked, max_tokens=max_tokens, at_once=16)
-        preempted = server.metric("vllm:num_preemptions_total")
+        preempted = server.metrics()["num_preemptions_total"]
         assert (preempted > 0) == ("--num-gpu-blocks-override" in flags), f"{preempted} requests were thrown out"
         assert_same_tokens(oracle, asked, got)
         with server.client() as client:

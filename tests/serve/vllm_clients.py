@@ -4,7 +4,6 @@ import base64
 import contextlib
 import json
 import random
-import re
 import socket
 import struct
 from collections.abc import Callable
@@ -24,23 +23,13 @@ AT_ONCE = 12
 MOMENTS = ("half a request", "nothing was said", "the headers came", "some tokens came")
 
 
-def metrics(server: Server) -> dict[str, float]:
-    """vLLM's figures, summed over labels."""
-    found: dict[str, float] = {}
-    with server.client() as client:
-        text = client.get("/metrics").text
-    for name, value in re.findall(r"^vllm:(\w+)(?:\{.*\})? ([-+.\dEe]+)$", text, re.MULTILINE):
-        found[name] = found.get(name, 0.0) + float(value)
-    return found
-
-
 def assert_idle(server: Server) -> None:
     """Nothing runs, nothing waits, and no memory is held. Figures are those of the last step, so there must be one."""
     with server.client() as client:
         assert client.post(CHAT, json=chat(Case("hi", ()), max_tokens=1)).status_code == 200
 
     def idle() -> bool:
-        now = metrics(server)
+        now = server.metrics()
         return not any(now[name] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
 
     wait_until(idle, 10)
@@ -51,7 +40,7 @@ def assert_leaving_is_harmless(server: Server, oracle: Oracle, count: int) -> No
 
     Fails where the server goes on working for those who left.
     """
-    before = metrics(server)
+    before = server.metrics()
     numbers = random.Random(1)
     given = cases(count + 3)
     asked = cases(max(9, count // 10))
@@ -67,7 +56,7 @@ def assert_leaving_is_harmless(server: Server, oracle: Oracle, count: int) -> No
     assert_same_tokens(oracle, asked, got)
     assert_idle(server)
     assert_same_tokens(oracle, asked, server.ask(asked))
-    grown = {name: value - before.get(name, 0.0) for name, value in metrics(server).items()}
+    grown = {name: value - before.get(name, 0.0) for name, value in server.metrics().items()}
     stayed = 2 * sum(len(oracle.answer(case).output) for case in asked) + 1
     unread = grown["generation_tokens_total"] - stayed - sum(seen)
     whole = sum(moment != MOMENTS[0] for moment in moments)

@@ -56,12 +56,14 @@ class Server:
 
             return list(pool.map(one, asked))
 
-    def metric(self, name: str) -> float:
-        """The sum of one of vLLM's metrics over its labels."""
+    def metrics(self) -> dict[str, float]:
+        """vLLM's figures, summed over labels."""
+        found: dict[str, float] = {}
         with self.client() as client:
-            found = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", client.get("/metrics").text, re.MULTILINE)
-        assert found, name
-        return sum(map(float, found))
+            text = client.get("/metrics").text
+        for name, value in re.findall(r"^vllm:(\w+)(?:\{.*\})? ([-+.\dEe]+)$", text, re.MULTILINE):
+            found[name] = found.get(name, 0.0) + float(value)
+        return found
 
 
 def chat(case: Case, model: str = "tiny", **settings: Any) -> dict[str, Any]:
