@@ -1,5 +1,6 @@
 """Chats to tokens as in training: what people wrote never becomes a control token, an `<image>` in it is text."""
 
+import hashlib
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -107,10 +108,14 @@ def _parts(message: Any) -> list[Any]:
 
 
 def _prompt(ids: list[int], images: Any) -> Prompt:
-    # uuids, by which a client may name an image, are left out: they would find other clients' images in the cache
     prompt: Prompt = {"prompt_token_ids": ids}
     if images is not None:
-        if any(image is None for image in images.get("image", ())):  # what vLLM makes of an empty address
+        shown = images.get("image", ())
+        if any(image is None for image in shown):  # what vLLM makes of an empty address
             raise VLLMValidationError("image_url: the address of the image is empty", parameter="messages")
         prompt["multi_modal_data"] = images
+        # names by which an image is found again that was encoded already; vLLM makes none where no prefix is reused.
+        # Those that a client may give are left out: they would find other clients' images
+        names = [hashlib.sha256(image.original_bytes).hexdigest() for image in shown]
+        prompt["multi_modal_uuids"] = {"image": names}
     return prompt

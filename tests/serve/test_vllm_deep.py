@@ -65,16 +65,41 @@ for settings in json.loads(sys.argv[2]):
 """
 
 
+NAME_IMAGES = """
+import sys
+from serve.vllm_plugin.renderer import _prompt
+from vllm.multimodal.media.base import MediaWithBytes
+
+shown = [MediaWithBytes(None, data.encode()) for data in sys.argv[1:]]
+print("told:", *_prompt([1], {"image": shown})["multi_modal_uuids"]["image"])
+"""
+
+
+def run_in_vllm(script: str, folder: Path, *arguments: str) -> list[str]:
+    """What the script tells, a line each, run by the interpreter that has vLLM."""
+    done = subprocess.run(
+        [vllm_python(), "-P", "-c", script, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    told = [line.removeprefix("told: ") for line in done.stdout.splitlines() if line.startswith("told: ")]
+    assert told, done.stderr[-2000:]
+    return told
+
+
+def test_an_image_is_found_again_by_what_it_is(tmp_path: Path) -> None:
+    (line,) = run_in_vllm(NAME_IMAGES, tmp_path, "cat", "dog", "cat")
+    cat, dog, again = line.split()
+    assert cat == again != dog
+
+
 def test_settings_that_deep_fusion_is_not_served_with_are_refused_by_name(tmp_path: Path) -> None:
     build(tmp_path / "model", "deep, mlp")
-    command = [vllm_python(), "-P", "-c", ASK_FOR_SETTINGS, str(tmp_path / "model"), json.dumps([*SETTINGS.values()])]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True
-    )
-    told = [line for line in done.stdout.splitlines() if line.startswith("told:")]
-    assert len(told) == len(SETTINGS), done.stderr[-2000:]
+    told = run_in_vllm(ASK_FOR_SETTINGS, tmp_path, str(tmp_path / "model"), json.dumps([*SETTINGS.values()]))
     for (name, settings), line in zip(SETTINGS.items(), told, strict=True):
-        assert (f"not served with {name}" in line) if name != "served" else line == "told: served", (settings, line)
+        assert (f"not served with {name}" in line) if name != "served" else line == "served", (settings, line)
 
 
 def test_requests_that_are_thrown_out_and_read_in_pieces_say_the_same(tmp_path: Path) -> None:
