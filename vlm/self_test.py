@@ -28,7 +28,8 @@ URL = "data:image/png;base64,"
 
 # How far apart answers may be in one number format and another (see `distance`). Against float32, bfloat16 is up to
 # 0.03 away, float16 0.005, 8-bit weights 0.06 and 4-bit ones, rounded to the nearest, 0.8: the demo's models and tiny
-# random ones of every kind. There is room for larger models, other kernels, and two roundings instead of one. Without
+# random ones of every kind. The room above is for larger models (none was measured), other kernels, and two roundings
+# instead of one. Without
 # its picture the demo's deep model is 1.7 to 2.6 away.
 BOUNDS = {"float64": 0.02, "float32": 0.02, "float16": 0.3, "bfloat16": 0.3}
 QUANTISED = 1.5

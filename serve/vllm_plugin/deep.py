@@ -25,14 +25,14 @@ class ServedCrossAttention(GatedCrossAttention):
     """A gated block whose keys and values lie in vLLM's cache."""
 
     def __init__(
-        self, settings: CrossAttention, width: int, media_width: int, state: MediaState, linear: ParallelLayers
+        self, settings: CrossAttention, width: int, media_width: int, layer: str, linear: ParallelLayers
     ) -> None:
         super().__init__(settings, width, media_width, linear)
-        self.state = state
+        self.layer = layer  # that vLLM knows its state by
 
     def attend(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [T, D] of the LM, all requests' tokens of a step -> the same after this block."""
-        attended, sees = torch.ops.vllm.attend_to_media(self.query(hidden), self.state.prefix)
+        attended, sees = torch.ops.vllm.attend_to_media(self.query(hidden), self.layer)
         return self.fuse(hidden, attended, sees)
 
 
@@ -49,13 +49,15 @@ class DeepVisionLanguageModel(VisionLanguageModel, IsHybrid):
         cut = can_be_cut(config, get_tensor_model_parallel_world_size())
         layers = self.language_model.model.layers
         self.cross_attention = nn.ModuleDict()
+        self.states: list[MediaState] = []
         for index in gated_layer_indices(settings, len(layers)):
             name = f"cross_attention.{index}"
             state = MediaState(shapes, dtype, name)
             vllm_config.compilation_config.static_forward_context[name] = state
             linear = ParallelLayers(cut, name)
-            block = ServedCrossAttention(settings, text.hidden_size, self.media_width, state, linear)
+            block = ServedCrossAttention(settings, text.hidden_size, self.media_width, name, linear)
             self.cross_attention[str(index)] = block
+            self.states.append(state)
             layers[index].register_forward_pre_hook(partial(_attend_before_layer, block=block))
         self._new: tuple[list[torch.Tensor], torch.Tensor | None] = ([], None)
 
@@ -93,29 +95,26 @@ class DeepVisionLanguageModel(VisionLanguageModel, IsHybrid):
     ) -> torch.Tensor | IntermediateTensors:
         (images, is_image), self._new = self._new, ([], None)
         found: Any = get_forward_context().attn_metadata
-        if found:
+        if found and self.states[0].prefix in found:  # vLLM also makes steps without requests
             self._take_in(images, is_image, found)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     def _take_in(self, images: list[torch.Tensor], is_image: torch.Tensor | None, found: dict[str, Requests]) -> None:
         """Writes the images that come with this step to the states, and leaves word of what each token sees."""
-        blocks = [block for block in self.cross_attention.values() if isinstance(block, ServedCrossAttention)]
-        first = blocks[0].state
-        requests = found[first.prefix]
+        owners = self.states[0].kv_cache[2]
+        requests = found[self.states[0].prefix]
         tokens = [image.view(-1, self.media_width) for image in images]
         if is_image is None:
             is_image = torch.zeros(requests.starts[-1], dtype=torch.bool)
         attend = self.config.cross_attention_settings.attend
-        (request, column), looks = enter(
-            first.kv_cache[2], requests, is_image.to(first.kv_cache[2].device), [len(t) for t in tokens], attend
-        )
-        for block in blocks:
-            own = found[block.state.prefix]
+        place, looks = enter(owners, requests, is_image.to(owners.device), [len(t) for t in tokens], attend)
+        for block, state in zip(self.cross_attention.values(), self.states, strict=True):
+            own: Requests = found[state.prefix]
             own.looks = looks
+            state.clear(own)
             if tokens:
-                place = own.slots[request], column
-                keys, values, _ = block.state.kv_cache
-                keys[place], values[place] = block.project(torch.cat(tokens))
+                assert isinstance(block, ServedCrossAttention)
+                state.write(own, place, block.project(torch.cat(tokens)))
 
 
 def _attend_before_layer(_layer: nn.Module, args: tuple[Any, ...], *, block: ServedCrossAttention) -> tuple[Any, ...]:

@@ -32,8 +32,8 @@ class DeepConfig(VerifyAndUpdateConfig):
         layers = len(gated_layer_indices(config.cross_attention_settings, text.num_hidden_layers))
         megabytes = layers * size * sum(prod(shape) for shape in shapes[:2]) / 1e6
         log.info(
-            "Deep fusion: up to %d images a request, which take %.2f MB of the cache on each rank; up to %d images are "
-            "encoded in a step; %d tokens a step, %d requests at a time.",
+            "Deep fusion: up to %d images a request, whose keys and values take %.2f MB on each rank; up to %d images "
+            "are encoded in a step; %d tokens a step, %d requests at a time.",
             limit,
             megabytes,
             images,
@@ -68,15 +68,21 @@ def can_be_cut(config: VisionLanguageConfig, ranks: int) -> bool:
 
 
 def _refuse(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
+    parallel, cache, compilation = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.compilation_config
     contexts = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     asked = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": contexts > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
-        "prefix caching": vllm_config.cache_config.enable_prefix_caching,
+        "prefix caching": cache.enable_prefix_caching,
+        "prefix caching of states": cache.mamba_cache_mode != "none",
         "transfer of the cache": vllm_config.kv_transfer_config is not None,
+        "offloading of the cache": cache.kv_offloading_size is not None,
         "transfer of images": vllm_config.ec_transfer_config is not None,
+        "embeddings as prompts": vllm_config.model_config.enable_prompt_embeds,
+        "dual batch overlap": parallel.enable_dbo,
+        "fused quantised attention": compilation.pass_config.fuse_attn_quant,
+        "graphs of all operations": compilation.splitting_ops == [],
         "a limit of no images": image_limit(vllm_config) < 1,
     }
     for feature, is_asked in asked.items():
@@ -85,5 +91,7 @@ def _refuse(vllm_config: VllmConfig) -> None:
 
 
 def _keep_operation_out_of_graphs(compilation: CompilationConfig) -> None:
-    if compilation.splitting_ops is None and not compilation.pass_config.fuse_attn_quant:
-        compilation.splitting_ops = [*compilation._attention_ops, *KEPT_OUT_OF_GRAPHS, f"vllm::{MEDIA_OPERATION}"]
+    kept_out = compilation.splitting_ops
+    if kept_out is None:
+        kept_out = [*compilation._attention_ops, *KEPT_OUT_OF_GRAPHS]
+    compilation.splitting_ops = [*kept_out, f"vllm::{MEDIA_OPERATION}"]

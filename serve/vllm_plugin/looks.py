@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+TOGETHER = 65_536  # visual tokens whose keys and values are copied together, 134 MB of 8 x 64 in bf16
+
 
 @dataclass
 class Requests:
@@ -57,11 +59,8 @@ def enter(
     known = owners[requests.slots]
     filled = (known > 0).sum(1).tolist()
     counts = [stop - start for start, stop in pairwise(requests.starts)]
-    single = [row for row, count in enumerate(counts) if count == 1 and filled[row]]
-    groups = [single] if single else []
-    groups += [[row] for row, count in enumerate(counts) if count > 1 and filled[row]]
     looks = []
-    for rows in groups:
+    for rows in _groups(counts, filled):
         row = torch.tensor(rows, device=device)
         tokens = starts[row][:, None] + torch.arange(counts[rows[0]], device=device)  # [R, T]
         latest = images_before[row][:, None] + seen[tokens + 1] - seen[starts[row]][:, None]  # [R, T]
@@ -71,6 +70,17 @@ def enter(
         sees = visible.any(-1, keepdim=True)
         looks.append(Look(tokens, row, sees, (visible | ~sees)[:, None]))
     return (request, column), tuple(looks)
+
+
+def _groups(counts: list[int], filled: list[int]) -> list[list[int]]:
+    """Requests that look together: those of one token, so many that a copy of their images stays small, or one."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(counts)), key=lambda row: filled[row]):
+        if counts[row] == 1 and filled[row]:
+            if not groups or (len(groups[-1]) + 1) * filled[row] > TOGETHER:
+                groups.append([])
+            groups[-1].append(row)
+    return groups + [[row] for row, count in enumerate(counts) if count > 1 and filled[row]]
 
 
 def _places(

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from serve.vllm_plugin.looks import Requests
 from serve.vllm_plugin.names import MEDIA_OPERATION
+from vlm.visual import KeyValue
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -76,6 +77,18 @@ class MediaState(nn.Module, MambaBase):
     def mamba_type(self) -> MambaAttentionBackendEnum:
         return MambaAttentionBackendEnum.CUSTOM
 
+    def clear(self, requests: Requests) -> None:
+        """Requests that begin may have got the place of one whose numbers ran over, which no mask holds back."""
+        begins = requests.slots[requests.begins]
+        for part in self.kv_cache[:2]:
+            part[begins] = 0.0
+
+    def write(self, requests: Requests, place: tuple[torch.Tensor, torch.Tensor], ready: KeyValue) -> None:
+        """place: (request, column) [S] each, as `looks.enter` finds them; ready: two of [S, H, Dh]."""
+        request, column = place
+        for part, new in zip(self.kv_cache[:2], ready, strict=True):
+            part[requests.slots[request], column] = new
+
     def attend(self, query: torch.Tensor, requests: Requests) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, H, Dh] -> what each token found [T, H, Dh], and whether it saw an image [T, 1]."""
         attended, sees = torch.zeros_like(query), query.new_zeros(len(query), 1, dtype=torch.bool)
@@ -98,10 +111,11 @@ def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 def attend_to_media(query: torch.Tensor, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
     """An operation to the compiler, which would else freeze what it saw of the first step."""
     context = get_forward_context()
-    if not context.attn_metadata:  # vLLM measures memory
+    requests = (context.attn_metadata or {}).get(layer)
+    if requests is None:  # a step without requests, by which vLLM measures or tunes
         return torch.zeros_like(query), query.new_zeros(len(query), 1, dtype=torch.bool)
     state: MediaState = context.no_compile_layers[layer]
-    return state.attend(query, context.attn_metadata[layer])
+    return state.attend(query, requests)
 
 
 def _shapes_alone(query: torch.Tensor, layer: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,10 +17,12 @@ log = logging.getLogger("serve.vllm_plugin.startup")
 CHAT = "/v1/chat/completions"
 MOST_LOGPROBS = 20  # vLLM's own limit, unless its --max-logprobs says otherwise
 UNQUANTISED_CACHES = ("auto", "float16", "bfloat16", "float32")
-WAYS_OUT = (
-    "what was changed on purpose gets a new test by vlm export MODEL --to vlm --out DIR, and --skip-self-test serves "
-    "the model without one"
-)
+SKIP = "--skip-self-test serves the model without one"
+WAYS_OUT = f"what was changed on purpose gets a new test by vlm export MODEL --to vlm --out DIR, and {SKIP}"
+
+
+class RefusedError(UserError):
+    """The question itself, of which a new test wouldn't be better."""
 
 
 def has_self_test(folder: Path, name: str, skip: bool) -> bool:
@@ -71,7 +73,7 @@ class SelfTested:
             answer = await _ask(self.app, scope, self.test)
             print(f"self-test: the model {check(self.test, answer, *_precision(scope))}", flush=True)
         except UserError as error:
-            return f"{error}; {WAYS_OUT}"
+            return f"{error}; {SKIP if isinstance(error, RefusedError) else WAYS_OUT}"
         except Exception as error:  # uvicorn would take this for an application that knows no start, and serve it
             log.exception("the self-test failed", exc_info=error)
             return f"the self-test could not be made ({first_line(error)}); {WAYS_OUT}"
@@ -86,7 +88,7 @@ def self_tested(app: App) -> App:
 
 
 async def _ask(app: App, scope: Scope, test: SelfTest) -> Answer:
-    """UserError when it is refused."""
+    """RefusedError when the server doesn't take it."""
     picture = {"type": "image_url", "image_url": {"url": test.picture}}
     status, body = await _post(
         app,
@@ -103,7 +105,8 @@ async def _ask(app: App, scope: Scope, test: SelfTest) -> Answer:
         },
     )
     if status != 200:
-        raise UserError(f"the model can't be asked its test question ({status}: {body['error']['message']})")
+        told = f"{status}: {body['error']['message']}"
+        raise RefusedError(f"the server refuses the model's test question ({told}); leave out the flag that does so")
     steps = [
         (_token(said), {_token(one): float(one["logprob"]) for one in said["top_logprobs"]})
         for said in body["choices"][0]["logprobs"]["content"]

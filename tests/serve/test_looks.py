@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from serve.vllm_plugin import looks as looks_module
 from serve.vllm_plugin.looks import Requests, enter
 from vlm.fusion import index_media, lay_out_media
 
@@ -44,7 +45,9 @@ def make(numbers: random.Random, first_name: int) -> Asked:
 
 @pytest.mark.parametrize("attend", ["last", "all"])
 @pytest.mark.parametrize("seed", range(20))
-def test_pieces_of_requests_see_what_whole_prompts_see(attend: str, seed: int) -> None:
+def test_pieces_of_requests_see_what_whole_prompts_see(attend: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if seed % 2:
+        monkeypatch.setattr(looks_module, "TOGETHER", 6)  # requests of one token look in several groups
     numbers = random.Random(seed)
     asked = [make(numbers, 100 * number) for number in range(1, 6)]
     names, owners = torch.full((8, ROOM), -1), torch.randint(1, 4, (8, ROOM), dtype=torch.int32)  # left by others
@@ -73,6 +76,7 @@ def test_pieces_of_requests_see_what_whole_prompts_see(attend: str, seed: int) -
         found: dict[int, set[int]] = {}
         for look in looks:
             assert look.mask.any(-1).all(), "softmax over nothing"
+            assert len(look.requests) == 1 or look.mask[:, :, 0].numel() <= looks_module.TOGETHER
             for row, slot in enumerate(requests.slots[look.requests].tolist()):
                 for column, token in enumerate(look.tokens[row].tolist()):
                     visible = look.mask[row, 0, column] & look.sees[row, column]

@@ -146,7 +146,7 @@ def explodes(_: SelfTest) -> Exception:
         (lambda test: well(test, tokens=-3), "tokens instead of"),
         (
             lambda _: {"error": {"message": "at most 0 images"}},
-            "can't be asked its test question (400: at most 0 images)",
+            "refuses the model's test question (400: at most 0 images)",
         ),
         (explodes, "500: the server failed on this request"),
         (lambda _: {"choices": []}, "the self-test could not be made"),
@@ -156,7 +156,9 @@ def test_who_answers_differently_serves_nobody(start: Start, answer: Answered, s
     server, code, verdict = start(answer)
     assert code not in (0, None)
     assert said in verdict
-    assert "vlm export MODEL --to vlm" in verdict
+    refused = "refuses" in verdict  # which no new test could mend
+    assert ("vlm export MODEL --to vlm" in verdict) != refused
+    assert ("leave out the flag" in verdict) == refused
     assert "--skip-self-test" in verdict
     assert (server.early, hasattr(server, "health")) == ([False], False)
     assert server.ended, "the application is left running"
