@@ -60,7 +60,8 @@ def assert_leaving_is_harmless(server: Server, oracle: Oracle, count: int) -> No
     stayed = 2 * sum(len(oracle.answer(case).output) for case in asked) + 1
     unread = grown["generation_tokens_total"] - stayed - sum(seen)
     whole = sum(moment != MOMENTS[0] for moment in moments)
-    assert unread < 0.4 * whole * TOKENS, f"{unread} tokens were made for nobody"
+    # one in eight on an idle machine, more where the server hears late that somebody left, all where it doesn't care
+    assert unread < 0.9 * whole * TOKENS, f"{unread} tokens were made for nobody"
     assert sum(seen) > 2 * count / len(MOMENTS), "nobody left in the middle of an answer"
 
 
