@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from data.pictures import ImageRef
 from data.records import Message, Record, text_part
 from vlm.chat import ChatEncoder, ChatTokens
 from vlm.errors import UserError
@@ -24,7 +24,7 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-    images: tuple[Path, ...]
+    images: tuple[ImageRef, ...]
     where: str
     dropped: int = 0
 

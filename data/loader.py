@@ -5,7 +5,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -13,10 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from data.pictures import ImageRef, load_image
 from data.records import Record
 from data.sources import Source
 from vlm.errors import UserError
-from vlm.images import read_image
 
 Made = TypeVar("Made")
 
@@ -134,13 +133,13 @@ class ImageCache:
 
     def __init__(self, limit: int = 1 << 30) -> None:
         self.limit, self.used = limit, 0
-        self.images: OrderedDict[Path, Image.Image] = OrderedDict()
+        self.images: OrderedDict[ImageRef, Image.Image] = OrderedDict()
 
-    def __call__(self, path: Path) -> Image.Image:
+    def __call__(self, path: ImageRef) -> Image.Image:
         if path in self.images:
             self.images.move_to_end(path)
             return self.images[path]
-        image = read_image(path)
+        image = load_image(path)
         self.images[path] = image
         self.used += image.width * image.height * 3
         while self.used > self.limit:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.pictures import ImageBytes, ImageRef, ImageSlice
 from vlm.errors import UserError
 
 Message = dict[str, Any]
@@ -21,21 +22,24 @@ class Record:
 
     where: str
     messages: tuple[Message, ...]
-    images: tuple[Path, ...] = ()
+    images: tuple[ImageRef, ...] = ()
     captions: tuple[str, ...] = ()
 
 
 def make_record(
     where: str, messages: Sequence[Message], images: Sequence[Any], root: Path, captions: Sequence[str] = ()
 ) -> Record:
-    """A Record, or a UserError that begins with `where`: broken roles, empty answers, images that aren't there."""
+    """A Record, or a UserError that begins with `where`: broken roles, empty answers, images that aren't there.
+
+    images: names of files below `root`, or what a source has found in itself.
+    """
     check_roles(where, messages)
     check_texts(where, [*(part.get("text", "") for message in messages for part in message["content"]), *captions])
     marks = sum(part["type"] == "image" for message in messages for part in message["content"])
     if marks != len(images):
         raise UserError(f"{where}: {marks} image placeholders, but {len(images)} images")
-    paths = tuple(find_image(where, image, root) for image in images)
-    return Record(where, tuple(messages), paths, tuple(captions))
+    found = (image if isinstance(image, (ImageBytes, ImageSlice)) else find_image(where, image, root) for image in images)
+    return Record(where, tuple(messages), tuple(found), tuple(captions))
 
 
 def check_roles(where: str, messages: Sequence[Message]) -> None:

@@ -12,6 +12,11 @@ from data.records import Record
 from vlm.errors import UserError
 
 
+def open_source(path: str | Path, images: Path | None = None, format: str | None = None) -> "Source":
+    """The rows of a file, a folder or a data set of the hub; the format is found where it isn't given."""
+    return Source(Path(path), images)
+
+
 class Source:
     """The rows of one file, by number. JSONL rows are parsed when asked for, so memory doesn't grow with the file.
 

@@ -14,6 +14,7 @@ from torch import nn
 from data.collate import Batch, collate_chat, collate_text
 from data.encode import IGNORED, Example, encode_record
 from data.loader import ImageCache
+from data.pictures import ImageRef
 from data.records import Record
 from train.adapters import add_lora, draw_anew, merged, save_adapter
 from train.build import build_clip, build_language_model, build_model, clip_processor, find_tokenizer
@@ -222,8 +223,8 @@ def _context(recipe: Recipe, language: Any) -> int:
     return context
 
 
-def _picture(read: ImageCache, record: Record, path: Path) -> Image.Image:
+def _picture(read: ImageCache, record: Record, image: ImageRef) -> Image.Image:
     try:
-        return read(path)
+        return read(image)
     except UserError as error:
         raise UserError(f"{record.where}: {error}") from None

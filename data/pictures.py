@@ -1,0 +1,53 @@
+"""Where a row's image is: a file of its own, a stretch of another file (a tar), or bytes that came with the row."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from vlm.images import decode_image, decode_size, read_image, read_size
+
+
+@dataclass(frozen=True)
+class ImageSlice:
+    """`size` bytes at `offset` of `file`: a member of a tar."""
+
+    file: Path
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.file}/{self.name}"
+
+    def read(self) -> bytes:
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """An encoded image that the row itself holds, as in Parquet files."""
+
+    data: bytes = field(repr=False)
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        return self.data
+
+
+ImageRef = Path | ImageSlice | ImageBytes
+
+
+def load_image(image: ImageRef) -> Image.Image:
+    """Decoded, RGB, upright. UserError when it is none, or none that may be decoded."""
+    return read_image(image) if isinstance(image, Path) else decode_image(image.read(), str(image))
+
+
+def image_size(image: ImageRef) -> tuple[int, int]:
+    """(height, width) that `load_image` will give, from the header."""
+    return read_size(image) if isinstance(image, Path) else decode_size(image.read(), str(image))
