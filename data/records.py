@@ -38,7 +38,9 @@ def make_record(
     marks = sum(part["type"] == "image" for message in messages for part in message["content"])
     if marks != len(images):
         raise UserError(f"{where}: {marks} image placeholders, but {len(images)} images")
-    found = (image if isinstance(image, (ImageBytes, ImageSlice)) else find_image(where, image, root) for image in images)
+    found = (
+        image if isinstance(image, (ImageBytes, ImageSlice)) else find_image(where, image, root) for image in images
+    )
     return Record(where, tuple(messages), tuple(found), tuple(captions))
 
 
