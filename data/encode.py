@@ -1,7 +1,7 @@
 """Record -> Example: ids, labels and images of one row, labels by structure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -12,14 +12,15 @@ from vlm.chat import ChatEncoder, ChatTokens
 from vlm.errors import UserError
 
 IGNORED = -100  # the label that no loss counts
-TrainOn = Literal["assistant", "all"]
+TrainOn = Literal["assistant", "last", "all"]
 
 
 @dataclass(frozen=True)
 class Example:
     """input_ids, labels: [T] (labels are the ids themselves where supervised, IGNORED elsewhere); images in order.
 
-    dropped: messages that were left out for the context's sake.
+    dropped: messages that were left out for the context's sake; placeholders: image tokens of each image; rng: of what
+    is still drawn for it, the changes of its pictures.
     """
 
     input_ids: list[int]
@@ -27,6 +28,8 @@ class Example:
     images: tuple[ImageRef, ...]
     where: str
     dropped: int = 0
+    placeholders: tuple[int, ...] = ()
+    rng: np.random.Generator | None = field(default=None, repr=False, compare=False)
 
     @property
     def supervised(self) -> int:
@@ -62,11 +65,13 @@ def encode_record(
             f"images) don't fit the context of {context}"
         )
     dropped = len(record.messages) - len(messages)
+    said = _last_answer(tokens.supervised) if train_on == "last" else tokens.supervised
     labels = [
-        token if (said or train_on == "all") and token != chat.image_token_id else IGNORED
-        for token, said in zip(tokens.input_ids, tokens.supervised, strict=True)
+        token if (learned or train_on == "all") and token != chat.image_token_id else IGNORED
+        for token, learned in zip(tokens.input_ids, said, strict=True)
     ]
-    example = Example(tokens.input_ids, labels, record.images[: len(placeholders)], record.where, dropped)
+    images = record.images[: len(placeholders)]
+    example = Example(tokens.input_ids, labels, images, record.where, dropped, tuple(placeholders), rng)
     if example.supervised == 0:
         raise UserError(f"{record.where}: no token of it would be learned")
     return example
@@ -77,6 +82,13 @@ def _encode(where: str, messages: Sequence[Message], chat: ChatEncoder, placehol
         return chat.encode(messages, placeholders)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _last_answer(supervised: Sequence[bool]) -> list[bool]:
+    """The last of the stretches that are supervised, alone."""
+    end = max((index for index, said in enumerate(supervised) if said), default=-1)
+    start = max((index for index, said in enumerate(supervised[: end + 1]) if not said), default=-1)
+    return [start < index <= end for index in range(len(supervised))]
 
 
 def _count_images(message: Message) -> int:

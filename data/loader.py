@@ -1,131 +1,259 @@
-"""The order in which rows are seen: a pure function of seed and position, so stopping and going on loses nothing."""
+"""Steps of a training stage: which rows a rank takes, in which order, prepared by workers, packed, and resumable."""
 
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from data.bad import Bad, summarise
+from data.collate import Sample
+from data.encode import Example
+from data.mixture import Mixture
+from data.packing import Packing, plan
 from data.pictures import ImageRef, load_image
 from data.records import Record
-from data.sources import Source
 from vlm.errors import UserError
 
 Made = TypeVar("Made")
+Made_co = TypeVar("Made_co", covariant=True)
+Task = TypeVar("Task")
+CHUNK = 16  # rows that a worker prepares at a time
+
+
+class Preparation(Protocol[Made_co]):
+    """How a stage's rows become batches."""
+
+    def encode(self, record: Record, rng: np.random.Generator) -> Example:
+        """The row as tokens; UserError when it can't be learned from."""
+
+    def load(self, examples: Sequence[Example]) -> list[Sample | Bad]:
+        """Each example with the pixels of its images."""
+
+    def collate(self, rows: Sequence[Sequence[Sample]]) -> Made_co:
+        """One micro-batch of rows, each of one or (packed) several examples; of no rows one that counts nothing."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """Sample number n (over all epochs) -> (epoch, row). Rows are shuffled in runs of `group` that stay together."""
+class State:
+    """Where a rank's loader is. next: its next sample, or the first of the window it is in; taken: rows of that window
+    that were given out; seen: samples that were, broken ones included."""
 
-    rows: int
-    seed: int
-    shuffle: bool = True
-    group: int = 1
-
-    def epoch(self, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Row numbers of one epoch; rows that don't fill a last group come at the end."""
-        if not self.shuffle:
-            return np.arange(self.rows)
-        groups = np.random.default_rng([self.seed, number]).permutation(self.rows // self.group)
-        whole = (groups[:, None] * self.group + np.arange(self.group)).reshape(-1)
-        return np.concatenate([whole, np.arange(len(whole), self.rows)])
+    next: int = 0
+    taken: int = 0
+    seen: int = 0
 
 
-class Rows(Dataset[tuple[Record, np.random.Generator]]):
-    """All sources as one list of records, each with the generator of its (epoch, row)."""
+@dataclass(frozen=True)
+class Step(Generic[Made]):
+    """What a rank needs for one optimizer step. bad: broken rows met on the way; state: the loader's afterwards."""
 
-    def __init__(self, sources: Sequence[Source], seed: int) -> None:
-        self.sources, self.seed = list(sources), seed
-        self.starts = [0, *accumulate(len(source) for source in sources)]
+    micro_batches: list[Made]
+    bad: list[Bad]
+    state: State
 
-    def __len__(self) -> int:
-        return self.starts[-1]
 
-    def __getitem__(self, position: tuple[int, int]) -> tuple[Record, np.random.Generator]:
-        epoch, row = position
-        which = bisect_right(self.starts, row) - 1
-        record = self.sources[which][row - self.starts[which]]
-        return record, np.random.default_rng([self.seed, 1, epoch, row])
+@dataclass(frozen=True)
+class _Row:
+    """A row on its way: examples, then samples. seen: samples that it stands for; state: after it."""
+
+    examples: Sequence[Any]
+    bad: list[Bad]
+    state: State
 
 
 class Loader(Generic[Made]):
-    """Batches from number `first` on, forever: `make` turns the (record, generator) pairs of a batch into one.
+    """The steps of one rank.
 
-    Rank r of n takes the r-th of n equal parts of every batch. What batch k holds depends on the seed and k alone,
-    whatever the number of workers; the whole state of a loader is therefore the number of the next batch.
+    Samples are numbered over all epochs; rank r of n takes those that leave the remainder r. What a rank's step holds
+    depends on the seed and on what came before alone, whatever the number of workers, and a few numbers are its whole
+    state. Broken rows are left out and named; the next ones take their place.
+
+    batch_size: rows per step over all ranks; micro: rows per forward; tokens: room of a packed row; samples: where the
+    stage ends, counted over all ranks (None: never; a rank that is through then gives steps that count nothing).
     """
 
     def __init__(
         self,
-        rows: Rows,
-        order: Order,
+        mixture: Mixture,
+        preparation: Preparation[Made],
         batch_size: int,
-        make: Callable[[list[tuple[Record, np.random.Generator]]], Made],
+        micro: int | None = None,
+        packing: Packing | None = None,
+        tokens: int = 0,
+        samples: int | None = None,
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         assert batch_size % world == 0
-        self.rows, self.order, self.batch_size, self.make = rows, order, batch_size, make
-        self.workers, self.rank, self.world = workers, rank, world
+        self.mixture, self.preparation, self.packing = mixture, preparation, packing or Packing()
+        self.share = batch_size // world
+        self.micro = min(micro or self.share, self.share)
+        self.tokens, self.samples, self.workers, self.rank, self.world = tokens, samples, workers, rank, world
 
-    def batches(self, first: int) -> Iterator[Made]:
-        loader: DataLoader[Any] = DataLoader(
-            self.rows,
-            batch_sampler=_Positions(self, first),
-            collate_fn=self._try_to_make,
-            num_workers=self.workers,
-            persistent_workers=False,
-            prefetch_factor=4 if self.workers else None,
-            generator=torch.Generator(),  # else making an iterator draws from the run's own random state
-        )
-        return map(_made, loader)
+    def steps(self, state: State | None = None) -> Iterator[Step[Made]]:
+        """From a state on; with `samples` set, steps without rows follow the last."""
+        state = state or State()
+        rows = self._loaded(state) if self.packing.mode == "none" else self._planned(state)
+        rows = self._without_empty(rows)
+        while True:
+            taken = list(islice(rows, self.share))
+            state = taken[-1].state if taken else state
+            documents = [row.examples for row in taken if row.examples]
+            yield Step(
+                [
+                    self.preparation.collate(documents[start : start + self.micro])
+                    for start in range(0, self.share, self.micro)
+                ],
+                [bad for row in taken for bad in row.bad],
+                state,
+            )
 
-    def _try_to_make(self, pairs: list[tuple[Record, np.random.Generator]]) -> Made | UserError:
-        # raised by whoever asks for the batch: an error that a worker raises comes with its traceback as text
-        try:
-            return self.make(pairs)
-        except UserError as error:
-            return error
+    def _loaded(self, state: State) -> Iterator[_Row]:
+        """One row a sample, its pixels ready."""
+        seen = state.seen
+        for number, made in self._made(self._encode_and_load, state.next):
+            seen += 1
+            after = State(number + 1, 0, seen)
+            yield _Row([], [made], after) if isinstance(made, Bad) else _Row([made], [], after)
 
-    def positions(self, first: int) -> Iterator[list[tuple[int, int]]]:
-        """(epoch, row) pairs of this rank's part of each batch, from batch number `first` on."""
-        share = self.batch_size // self.world
-        known: tuple[int, Any] = (-1, None)
+    def _planned(self, state: State) -> Iterator[_Row]:
+        """Rows by plan; their pixels are loaded when it's known what goes together."""
+        waiting: list[_Row] = []
+
+        def tasks() -> Iterator[Sequence[Example]]:
+            for row in self._windows(state):
+                waiting.append(row)
+                yield row.examples
+
+        for made in ordered_map(self.preparation.load, tasks(), self.workers):
+            row = waiting.pop(0)
+            bad = [sample for sample in made if isinstance(sample, Bad)]
+            yield _Row([sample for sample in made if isinstance(sample, Sample)], row.bad + bad, row.state)
+
+    def _windows(self, state: State) -> Iterator[_Row]:
+        made = self._made(self._encode, state.next)
+        size = max(1, self.packing.window // self.micro) * self.micro
+        start, seen, taken = state.next, state.seen, state.taken
+        held = next(made, None)
+        while held is not None:
+            examples: list[Example] = []
+            bad: list[Bad] = []
+            number = held[0]
+            while held is not None and len(examples) < size and not self._ends(start, held[0], bad):
+                number = held[0]
+                examples.append(held[1]) if isinstance(held[1], Example) else bad.append(held[1])
+                held = next(made, None)
+            rng = np.random.default_rng([self.mixture.seed, 3, self.rank, start])
+            rows = plan(examples, self.packing, self.tokens, self.micro, rng)
+            if not rows:
+                yield _Row([], bad, State(number + 1, 0, seen + len(bad)))
+            for place, row in enumerate(rows[taken:], start=taken + 1):
+                named = bad if place == 1 else []
+                seen += len(row) + len(named)
+                end = place == len(rows)
+                after = State(number + 1, 0, seen) if end else State(start, place, seen)
+                yield _Row(row, named, after)
+            start, taken = number + 1, 0
+
+    def _ends(self, start: int, number: int, bad: Sequence[Bad]) -> bool:
+        """Whether a window ends before a sample: packed rows are of one epoch, and broken rows have an end."""
+        later = self._sample(number) // len(self.mixture) != self._sample(start) // len(self.mixture)
+        return (self.packing.mode == "pack" and later) or len(bad) > len(self.mixture)
+
+    def _without_empty(self, rows: Iterable[_Row]) -> Iterator[_Row]:
+        """Rows that lost all their examples go; what was wrong with them is told with the next."""
+        bad: list[Bad] = []
+        row = None
+        for row in rows:
+            bad += row.bad
+            if row.examples:
+                yield replace(row, bad=bad)
+                bad = []
+            elif len(bad) > len(self.mixture):
+                raise UserError(f"none of the data's rows can be used ({summarise(bad)})")
+        if bad and row is not None:
+            yield replace(row, bad=bad)
+
+    def _sample(self, number: int) -> int:
+        return number * self.world + self.rank
+
+    def _made(self, make: Callable[[list[tuple[int, int]]], list[Any]], first: int) -> Iterator[tuple[int, Any]]:
+        """What workers make of this rank's samples from its `first` on, each with its number, in order."""
+        chunk = min(self.share, CHUNK) if self.workers else self.share
+        number = first
+        for part in ordered_map(make, self._chunks(first, chunk), self.workers):
+            for made in part:
+                yield number, made
+                number += 1
+
+    def _chunks(self, first: int, size: int) -> Iterator[list[tuple[int, int]]]:
         number = first
         while True:
-            start = number * self.batch_size + self.rank * share
-            batch = []
-            for sample in range(start, start + share):
-                epoch, offset = divmod(sample, self.order.rows)
-                if known[0] != epoch:
-                    known = (epoch, self.order.epoch(epoch))
-                batch.append((epoch, int(known[1][offset])))
-            yield batch
-            number += 1
+            samples = [self._sample(number + offset) for offset in range(size)]
+            chunk = [self.mixture.sample(n) for n in samples if self.samples is None or n < self.samples]
+            if not chunk:
+                return
+            yield chunk
+            number += size
+
+    def _encode(self, samples: list[tuple[int, int]]) -> list[Example | Bad]:
+        made: list[Example | Bad] = []
+        for sample in samples:
+            try:
+                made.append(self.preparation.encode(*self.mixture.read(sample)))
+            except UserError as error:
+                made.append(Bad.of(self.mixture.where(sample), error))
+        return made
+
+    def _encode_and_load(self, samples: list[tuple[int, int]]) -> list[Sample | Bad]:
+        made = self._encode(samples)
+        loaded = iter(self.preparation.load([one for one in made if isinstance(one, Example)]))
+        return [one if isinstance(one, Bad) else next(loaded) for one in made]
 
 
-def _made(batch: Made | UserError) -> Made:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
+def ordered_map(make: Callable[[Task], Made], tasks: Iterator[Task], workers: int) -> Iterator[Made]:
+    """What `make` makes of each task, in order; worker processes are a few tasks ahead."""
+    if not workers:
+        return map(make, tasks)
+    loader: DataLoader[Any] = DataLoader(
+        _Calls(make),
+        batch_size=None,
+        sampler=_Once(tasks),
+        num_workers=workers,
+        collate_fn=_same,
+        prefetch_factor=4,
+        generator=torch.Generator(),  # else making an iterator draws from the run's own random state
+    )
+    return iter(loader)
 
 
-class _Positions:
-    """A batch sampler that `DataLoader` may iterate over."""
+class _Calls(Dataset[Any]):
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
 
-    def __init__(self, loader: Loader[Any], first: int) -> None:
-        self.loader, self.first = loader, first
+    def __getitem__(self, task: Any) -> Any:
+        return self.make(task)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.loader.positions(self.first)
+
+class _Once:
+    """A sampler that `DataLoader` may iterate over."""
+
+    def __init__(self, tasks: Iterator[Any]) -> None:
+        self.tasks = tasks
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.tasks
+
+
+def _same(made: Any) -> Any:
+    return made
 
 
 class ImageCache:

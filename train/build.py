@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data.sources import Source
+from data.sources import Source, open_source
 from train.recipe import Backbone, Model, Recipe, Stage
 from train.runs import Run
 from vlm.checkpoint import check_complete, check_source, load
@@ -43,7 +43,8 @@ TOKENIZER_ROWS = 5000  # rows that a new tokenizer is made from, spread evenly o
 
 def open_sources(recipe: Recipe, stage: Stage) -> list[Source]:
     root = Path(recipe.data_root)
-    return [Source(root / data.path, root / data.images if data.images else None) for data in stage.data]
+    folders = [root / data.images if data.images else None for data in stage.data]
+    return [open_source(root / d.path, images, d.format) for d, images in zip(stage.data, folders, strict=True)]
 
 
 def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, CLIPTextConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from data.bad import Bad, summarise
 from train.adapters import add_lora, target_modules
 from train.build import clip_settings, encoder_config, fused_config, image_settings, language_config, open_sources
 from train.parts import split_into_parts
@@ -24,6 +25,7 @@ from vlm.hub import fetch
 from vlm.modeling import VisionLanguageModel
 from vlm.settings import nearest
 
+LOOKED_AT = 20_000  # rows of a stage that are read before it begins
 NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 # transformers takes these beside a configuration's own fields
 EXTRA = {"attn_implementation"}
@@ -56,13 +58,32 @@ def check_processes(recipe: Recipe, processes: int) -> None:
 
 
 def check_rows(recipe: Recipe, stage: Stage) -> None:
-    """Reads all data of a stage. UserError for the first row that is broken, or for fewer rows than a group has."""
-    rows = 0
-    for source in open_sources(recipe, stage):
-        source.check(images={"contrastive": 1, "language": 0}.get(stage.objective))
-        rows += len(source)
+    """Reads rows spread evenly over the data of a stage, all of them where there are few.
+
+    UserError when more of them are broken than the recipe allows, or for fewer rows than a group has.
+    """
+    sources = open_sources(recipe, stage)
+    rows = sum(len(source) for source in sources)
     if stage.group > rows:
         raise UserError(f"stages.{stage.name}.group: {stage.group} rows can't be neighbours where there are {rows}")
+    images = {"contrastive": 1, "language": 0}.get(stage.objective)
+    every = -(-rows // LOOKED_AT)
+    broken: list[Bad] = []
+    looked = 0
+    for source in sources:
+        for index in range(0, len(source), every):
+            looked += 1
+            try:
+                record = source[index]
+                if images is not None and len(record.images) != images:
+                    raise UserError(f"has {len(record.images)} images, where the stage takes {images}")
+            except UserError as error:
+                broken.append(Bad.of(source.where(index), error))
+    if len(broken) > recipe.max_bad * looked:
+        raise UserError(
+            f"stages.{stage.name}: {len(broken)} of {looked} rows are broken, more than max_bad ({recipe.max_bad:.3g}) "
+            f"allows ({summarise(broken)}); `vlm data check` lists all"
+        )
 
 
 def _check_names(spec: Model) -> None:

@@ -102,7 +102,8 @@ class Demo:
         processes = {name: self._start(name, run) for name, run in waiting.items()}
         columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console) as progress:
-            bars = {name: progress.add_task(name, total=self.recipe(name).total_steps) for name in waiting}
+            steps = {name: sum(stage.steps or 0 for stage in self.recipe(name).stages) for name in waiting}
+            bars = {name: progress.add_task(name, total=total) for name, total in steps.items()}
             try:
                 while any(process.poll() is None for process in processes.values()):
                     time.sleep(0.5)
@@ -156,7 +157,7 @@ class Demo:
             {
                 "name": stage.name,
                 "seconds": round(self._stage_seconds(run, stage.name), 1),
-                "steps": stage.steps,
+                "steps": run.steps_of(stage.name),
             }
             for name, run in self.runs.items()
             for stage in self.recipe(name).stages

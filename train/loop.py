@@ -14,17 +14,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from transformers.utils import logging as transformers_logging
 
-from data.loader import ImageCache, Loader, Order, Rows
+from data.loader import ImageCache, Loader, State, Step
+from data.mixture import Mixture
 from train.build import open_sources
 from train.check import check_processes, check_recipe, check_rows
 from train.monitor import Monitor
-from train.objectives import Objective, Pair, build_objective
+from train.objectives import Objective, build_objective
 from train.parts import assert_only_these_learn, make_optimizer, manifest, split_into_parts
+from train.quarantine import Quarantine
 from train.recipe import Recipe, Stage
 from train.runs import Run, resolved
-from train.state import Position, latest, read_position, restore, save_state
+from train.state import Position, check_position, latest, read_position, restore, save_state
 from vlm.checkpoint import link_folder
 from vlm.device import keep_freed_memory, pick_device, pick_dtype
+from vlm.documents import packed_attention
 from vlm.errors import UserError
 
 
@@ -61,24 +64,22 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
 
 def run_stages(recipe: Recipe, run: Run, accelerator: Accelerator) -> None:
     """Whatever is left of a claimed run."""
-    read = ImageCache(recipe.image_cache_mb << 20)
+    read = ImageCache((recipe.image_cache_mb << 20) // max(1, recipe.workers))
     checkpoint = latest(run.checkpoints)
     at = read_position(checkpoint) if checkpoint else None
     step = 0
     with Monitor(run, quiet=not accelerator.is_main_process) as monitor, _stop_signals() as stop:
         for index, stage in enumerate(recipe.stages):
-            if (run.stage(stage.name) / "config.json").is_file():
-                step += stage.steps
-                continue
-            set_seed(recipe.seed * 1000 + index)
-            with accelerator.main_process_first():  # it writes the tokenizer that the others read
-                objective = build_objective(recipe, stage, run, read)
-            here = checkpoint if at is not None and at.stage == index else None
-            run_stage(recipe, stage, index, step, objective, run, accelerator, monitor, stop, here)
-            step += stage.steps
-            if accelerator.is_main_process:
-                objective.save(run.stage(stage.name))
-            accelerator.wait_for_everyone()
+            if not (run.stage(stage.name) / "config.json").is_file():
+                set_seed(recipe.seed * 1000 + index)
+                with accelerator.main_process_first():  # it writes the tokenizer that the others read
+                    objective = build_objective(recipe, stage, run, read)
+                here = checkpoint if at is not None and at.stage == index else None
+                run_stage(recipe, stage, index, step, objective, run, accelerator, monitor, stop, here)
+                if accelerator.is_main_process:
+                    objective.save(run.stage(stage.name))
+                accelerator.wait_for_everyone()
+            step += run.steps_of(stage.name)
         if accelerator.is_main_process:
             link_folder(run.stage(recipe.stages[-1].name), run.model)
 
@@ -99,39 +100,77 @@ def run_stage(
     parts = split_into_parts(objective.model, stage)
     optimizer = make_optimizer(parts, stage)
     assert_only_these_learn(objective.model, parts, optimizer)
-    done = 0
+    mixture = open_mixture(recipe, stage, index)
+    rows = [len(source) for source in mixture.sources]
+    samples = round(stage.epochs * len(mixture)) if stage.epochs else None
+    total = stage.steps or samples or 0
+    world, rank = accelerator.num_processes, accelerator.process_index
+    at = Position(index, 0, offset, [vars(State())] * world, rows)
     objective.model.to(accelerator.device)
     if checkpoint is not None:
-        done = read_position(checkpoint).done
+        at = read_position(checkpoint)
+        check_position(checkpoint, at, world, rows)
         restore(checkpoint, objective.model, optimizer)
-    run.forget_after(offset + done)
+    run.forget_after(at.step)
+    quarantine = Quarantine(run, recipe, stage.name, sum(rows), quiet=not accelerator.is_main_process)
+    packs = stage.packing.mode == "pack"
+    apart = packed_attention(objective.language_model, accelerator.autocast) if packs else nullcontext()
     model, optimizer = accelerator.prepare(objective.model, optimizer)
     model.train()
-    monitor.begin(stage.name, stage.steps, done, manifest(parts))
-    batches = make_loader(recipe, stage, index, objective, accelerator).batches(done)
-    while done < stage.steps:
-        began = time.perf_counter()
-        micro_batches = next(batches)
-        set_rates(optimizer, stage, done)
-        entry = optimizer_step(objective, model, optimizer, micro_batches, stage, accelerator)
-        done += 1
-        entry = {"step": offset + done, "stage": stage.name, **entry}
-        entry["seconds"] = time.perf_counter() - began
-        entry["tokens_per_second"] = entry["tokens"] / entry["seconds"]
-        if not math.isfinite(entry["loss"]):
-            raise UserError(f"{stage.name}: the loss is {entry['loss']} at step {done}; lower the learning rates")
-        monitor.log(entry, done)
-        if stop.wanted or (done % recipe.checkpoint_every == 0 and done < stage.steps):
-            if accelerator.is_main_process:
-                position = Position(index, done, offset + done)
-                save_state(run.checkpoints, position, objective.model, optimizer, recipe.keep_checkpoints)
-            accelerator.wait_for_everyone()
-            if stop.wanted:
-                raise Stopped(f"stopped after step {offset + done}; --resume goes on from there")
-    monitor.end()
+    done, state, seen = at.done, State(**at.loaders[rank]), sum(loader["seen"] for loader in at.loaders)
+    monitor.begin(stage.name, total, seen if samples else done, manifest(parts))
+    steps = Loader(
+        mixture,
+        objective,
+        stage.batch_size,
+        stage.micro_batch_size,
+        stage.packing,
+        objective.room,
+        samples,
+        recipe.workers,
+        rank,
+        world,
+    ).steps(state)
+    with apart:
+        while (done if samples is None else seen) < total:
+            began = time.perf_counter()
+            step = next(steps)
+            counts = count_step(step, accelerator)
+            before, seen = seen, counts.pop("seen")
+            quarantine.add(gather_object(step.bad) if counts.pop("bad") else [], offset + done + 1)
+            if not counts["supervised"]:  # what was left were broken rows
+                continue
+            now, behind = (1, done) if samples is None else (seen - before, before)
+            set_rates(optimizer, stage, behind, now, total)
+            entry = optimizer_step(objective, model, optimizer, step.micro_batches, stage, accelerator, counts)
+            done += 1
+            entry = {"step": offset + done, "stage": stage.name, **entry}
+            entry["seconds"] = time.perf_counter() - began
+            entry["tokens_per_second"] = entry["tokens"] / entry["seconds"]
+            if not math.isfinite(entry["loss"]):
+                raise UserError(f"{stage.name}: the loss is {entry['loss']} at step {done}; lower the learning rates")
+            monitor.log(entry, behind + now)
+            if stop.wanted or (done % recipe.checkpoint_every == 0 and behind + now < total):
+                loaders = gather_object([vars(step.state)])
+                if accelerator.is_main_process:
+                    position = Position(index, done, offset + done, loaders, rows)
+                    save_state(run.checkpoints, position, objective.model, optimizer, recipe.keep_checkpoints)
+                accelerator.wait_for_everyone()
+                if stop.wanted:
+                    raise Stopped(f"stopped after step {offset + done}; --resume goes on from there")
+    monitor.end(quarantine.summary())
     model.eval()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what is saved doesn't compute in bf16 any more
     accelerator.free_memory()
+
+
+def count_step(step: Step[Any], accelerator: Accelerator) -> dict[str, int]:
+    """What a step holds, over all ranks."""
+    names = ("supervised", "tokens", "room", "shortened", "bad", "seen")
+    own = [[b.supervised, b.tokens, b.room, len(b.shortened), 0, 0] for b in step.micro_batches]
+    own.append([0, 0, 0, 0, len(step.bad), step.state.seen])
+    counts = accelerator.reduce(torch.tensor(own, device=accelerator.device).sum(0), "sum")
+    return dict(zip(names, counts.tolist(), strict=True))
 
 
 def optimizer_step(
@@ -141,11 +180,10 @@ def optimizer_step(
     micro_batches: Sequence[Any],
     stage: Stage,
     accelerator: Accelerator,
+    counts: dict[str, int],
 ) -> dict[str, Any]:
     """One update by the loss per supervised token of the whole step: all micro-batches, all ranks, counted first."""
-    rows = [[batch.supervised, batch.tokens, len(batch.shortened)] for batch in micro_batches]
-    counts = torch.tensor(rows, device=accelerator.device).sum(0)
-    supervised, tokens, shortened = (int(count) for count in accelerator.reduce(counts, "sum"))
+    supervised, tokens = counts["supervised"], counts["tokens"]
     sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
@@ -161,37 +199,33 @@ def optimizer_step(
     means = {name: float(accelerator.reduce(value, "sum")) / supervised for name, value in sums.items()}
     rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
     entry = {**means, "lr": rates, "gradient_norm": float(norm), "tokens": tokens, "supervised": supervised}
-    if shortened:
+    entry["fill"] = tokens / counts["room"]
+    if counts["shortened"]:
         entry["shortened"] = gather_object([where for batch in micro_batches for where in batch.shortened])
     return entry
 
 
-def set_rates(optimizer: torch.optim.Optimizer, stage: Stage, done: int) -> None:
-    """Linear warm-up to each part's own rate, then a half cosine to zero (or constant): by the step alone."""
-    warmup = max(1, round(stage.warmup * stage.steps))
+def set_rates(optimizer: torch.optim.Optimizer, stage: Stage, done: int, now: int, total: int) -> None:
+    """Linear warm-up to each part's own rate, then a half cosine to zero (or constant): by what is done alone.
+
+    done, now, total: steps before this one, 1, and all; or samples, where the stage is measured in epochs.
+    """
+    warmup = max(1, round(stage.warmup * total))
     if done < warmup:
-        scale = (done + 1) / warmup
+        scale = min(1.0, (done + now) / warmup)
     elif stage.schedule == "constant":
         scale = 1.0
     else:
-        scale = 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, stage.steps - warmup)))
+        scale = 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total - warmup)))
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * scale
 
 
-def make_loader(
-    recipe: Recipe, stage: Stage, index: int, objective: Objective, accelerator: Accelerator
-) -> Loader[list[Any]]:
-    """Batches of this rank, each as a list of micro-batches."""
-    rows = Rows(open_sources(recipe, stage), recipe.seed * 1000 + index)
-    world, micro = accelerator.num_processes, stage.micro_batch_size or stage.batch_size
-    micro = min(micro, stage.batch_size // world)
-
-    def make(pairs: list[Pair]) -> list[Any]:
-        return [objective.make(pairs[start : start + micro]) for start in range(0, len(pairs), micro)]
-
-    order = Order(len(rows), rows.seed, stage.shuffle, stage.group)
-    return Loader(rows, order, stage.batch_size, make, recipe.workers, accelerator.process_index, world)
+def open_mixture(recipe: Recipe, stage: Stage, index: int) -> Mixture:
+    """The rows of a stage in the order that it sees them."""
+    sources = open_sources(recipe, stage)
+    counts = [data.count(len(source)) for data, source in zip(stage.data, sources, strict=True)]
+    return Mixture(sources, recipe.seed * 1000 + index, counts, stage.shuffle, stage.group)
 
 
 class StopRequest:

@@ -1,6 +1,5 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
 
-import json
 import sys
 import time
 from typing import Any
@@ -30,7 +29,7 @@ class Monitor:
             disable=quiet or not self.console.is_terminal,
         )
         self.task: TaskID | None = None
-        self.stage, self.steps, self.last_line = "", 0, 0.0
+        self.stage, self.total, self.done, self.last_line = "", 0, 0, 0.0
 
     def __enter__(self) -> "Monitor":
         from torch.utils.tensorboard import SummaryWriter
@@ -47,23 +46,25 @@ class Monitor:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def begin(self, stage: str, steps: int, done: int, manifest: list[tuple[str, int, float]]) -> None:
-        """A new stage: its manifest of what learns, then its bar."""
+    def begin(self, stage: str, total: int, done: int, manifest: list[tuple[str, int, float]]) -> None:
+        """A new stage: its manifest of what learns, then its bar. total, done: steps, or samples of so many epochs."""
         table = Table(title=f"stage {stage}", title_justify="left")
         for column in ("part", "parameters", "learning rate"):
             table.add_column(column, justify="left" if column == "part" else "right")
         for part, size, rate in manifest:
             table.add_row(part, f"{size:,}", f"{rate:g}" if rate else "frozen")
         self.console.print(table)
-        self.stage, self.steps = stage, steps
+        self.stage, self.total, self.done = stage, total, done
         if self.task is not None:
             self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(stage, total=steps, completed=done, shown="")
+        self.task = self.progress.add_task(stage, total=total, completed=done, shown="")
 
-    def end(self) -> None:
-        """The stage is over: says how many rows were not learned from whole, in what was logged of it."""
+    def end(self, left_out: str | None) -> None:
+        """The stage is over: says how many rows were left out or not learned from whole, in what was logged of it."""
         if self.quiet:
             return
+        if left_out:
+            self.say(left_out)
         entries = [entry for entry in self.run.metrics() if entry["stage"] == self.stage]
         rows = list(dict.fromkeys(where for entry in entries for where in entry.get("shortened", ())))
         if rows:
@@ -73,11 +74,10 @@ class Monitor:
             )
 
     def log(self, entry: dict[str, Any], done: int) -> None:
-        """One finished step: a line of metrics.jsonl, a point on every curve."""
+        """One finished step: a line of metrics.jsonl, a point on every curve. done: of the stage's total."""
         if self.board is None:
             return
-        with self.run.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        self.run.log(entry)
         for name, value in entry.items():
             if isinstance(value, float):
                 self.board.add_scalar(name, value, entry["step"])
@@ -85,7 +85,8 @@ class Monitor:
         if self.task is not None:
             self.progress.update(self.task, completed=done, shown=shown)
         now = time.monotonic()
-        if not self.console.is_terminal and (now - self.last_line > PLAIN_EVERY_SECONDS or done == self.steps):
+        if not self.console.is_terminal and (now - self.last_line > PLAIN_EVERY_SECONDS or done == self.total):
             self.last_line = now
-            left = (self.steps - done) * entry["seconds"]
-            print(f"{self.stage} {done}/{self.steps}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
+            left = (self.total - done) * entry["seconds"] / max(1, done - self.done)
+            print(f"{self.stage} {done}/{self.total}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
+        self.done = done

@@ -11,10 +11,11 @@ from peft import PeftModel
 from PIL import Image
 from torch import nn
 
-from data.collate import Batch, collate_chat, collate_text
+from data.bad import Bad
+from data.collate import Batch, Sample, collate_chat, collate_text, pad_rows, split_pixels
 from data.encode import IGNORED, Example, encode_record
 from data.loader import ImageCache
-from data.pictures import ImageRef
+from data.pictures import ImageRef, image_size
 from data.records import Record
 from train.adapters import add_lora, draw_anew, merged, save_adapter
 from train.build import build_clip, build_language_model, build_model, clip_processor, find_tokenizer
@@ -27,20 +28,58 @@ from vlm.contrastive import contrastive_loss, recall_at_1
 from vlm.errors import UserError
 from vlm.processing import VisionLanguageProcessor
 
-Pair = tuple[Record, np.random.Generator]
-
 
 class Objective(ABC):
-    """One stage's network and loss. `model` holds everything that could learn."""
+    """One stage's network and loss.
+
+    `model` holds everything that could learn, `language_model` is what reads packed rows of up to `room` tokens.
+
+    Its `encode`, `load` and `collate` are the `Preparation` of its loader. A micro-batch has `supervised` (what the
+    loss is divided by), `tokens`, `room`, `shortened` (file:line of rows that weren't learned from whole) and
+    `to(device)`.
+    """
 
     model: Any
+    language_model: Any = None
+    room = 0
+    processor: VisionLanguageProcessor
+    stage: Stage
+    read: ImageCache
 
     @abstractmethod
-    def make(self, pairs: Sequence[Pair]) -> Any:
-        """One micro-batch; has `supervised` (what the loss is divided by), `tokens`, `shortened` and `to(device)`.
+    def encode(self, record: Record, rng: np.random.Generator) -> Example:
+        """The row as tokens; UserError when it can't be learned from."""
 
-        `shortened`: file:line of the rows that were too long to be learned from whole.
-        """
+    def load(self, examples: Sequence[Example]) -> list[Sample | Bad]:
+        """Pictures decoded, changed as the stage says, and made into pixels."""
+        made: list[Sample | Bad | None] = []
+        pictures: list[list[Image.Image]] = []
+        for example in examples:
+            try:
+                pictures.append(self._pictures(example))
+                made.append(None)
+            except UserError as error:
+                made.append(Bad.of(example.where, error))
+        whole = [example for example, bad in zip(examples, made, strict=True) if bad is None]
+        flat = [picture for some in pictures for picture in some]
+        pixels: list[dict[str, torch.Tensor]] = [{} for _ in whole]
+        if flat:
+            views = [sum(self.processor.image_tokens.views(p.height, p.width) for p in some) for some in pictures]
+            pixels = split_pixels(self.processor.pixels(flat), views, [len(some) for some in pictures])
+        samples = iter(map(Sample, whole, pixels))
+        return [next(samples) if bad is None else bad for bad in made]
+
+    def _pictures(self, example: Example) -> list[Image.Image]:
+        pictures = [self.read(image) for image in example.images]
+        if example.placeholders and list(example.placeholders) != self.processor.placeholders(pictures):
+            raise UserError("an image has another size than its header says")
+        assert example.rng is not None
+        edge = self.processor.shorter_edge
+        return [self.stage.augment(picture, example.rng, edge) for picture in pictures]
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Sequence[Sample]]) -> Any:
+        """One micro-batch."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -63,26 +102,23 @@ class Contrastive(Objective):
         self.end = self.model.config.text_config.eos_token_id
         self.length = self.model.config.text_config.max_position_embeddings
 
-    def make(self, pairs: Sequence[Pair]) -> "CaptionBatch":
-        texts, pictures = [], []
-        for record, rng in pairs:
-            captions = record.captions or ("".join(part["text"] for part in record.messages[-1]["content"]),)
-            texts.append(captions[int(rng.integers(len(captions)))])
-            pictures.append(
-                self.stage.augment(_picture(self.read, record, record.images[0]), rng, self.processor.shorter_edge)
-            )
-        encoded = [self.chat.encode_text(text) for text in texts]
-        rows = [[*tokens[: self.length - 1], self.end] for tokens in encoded]
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        same = torch.tensor([numbers[text] for text in texts])
-        cut = (record.where for (record, _), tokens in zip(pairs, encoded, strict=True) if len(tokens) >= self.length)
-        return CaptionBatch(ids, mask, self.processor.pixels(pictures)["pixel_values"], same, tuple(cut))
+    def encode(self, record: Record, rng: np.random.Generator) -> Example:
+        _check_images(record, 1)
+        captions = record.captions or ("".join(part["text"] for part in record.messages[-1]["content"]),)
+        tokens = self.chat.encode_text(captions[int(rng.integers(len(captions)))])
+        ids = [*tokens[: self.length - 1], self.end]
+        return Example(ids, ids, record.images, record.where, int(len(tokens) >= self.length), rng=rng)
+
+    def collate(self, rows: Sequence[Sequence[Sample]]) -> "CaptionBatch":
+        examples = [sample.example for row in rows for sample in row]
+        ids, _ = pad_rows([[example] for example in examples], self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(example.input_ids) for example in examples])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        numbers = {tuple(example.input_ids): number for number, example in enumerate(examples)}
+        same = torch.tensor([numbers[tuple(example.input_ids)] for example in examples])
+        pixels = torch.cat([sample.pixels["pixel_values"] for row in rows for sample in row])
+        cut = tuple(example.where for example in examples if example.dropped)
+        return CaptionBatch(ids, mask, pixels, same, cut)
 
     def loss(self, model: nn.Module, batch: "CaptionBatch") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values)
@@ -112,7 +148,7 @@ class CaptionBatch:
             same,
         )
         self.shortened = shortened
-        self.supervised, self.tokens = len(same), int(attention_mask.sum())
+        self.supervised, self.tokens, self.room = len(same), int(attention_mask.sum()), input_ids.numel()
 
     def to(self, device: torch.device) -> "CaptionBatch":
         ids, mask, pixels = self.input_ids.to(device), self.attention_mask.to(device), self.pixel_values.to(device)
@@ -125,16 +161,24 @@ class Language(Objective):
     def __init__(self, recipe: Recipe, stage: Stage, run: Run) -> None:
         tokenizer = find_tokenizer(recipe, run)
         self.model = build_language_model(recipe.model.language, tokenizer, run)
-        self.tokenizer, self.stage = tokenizer, stage
+        self.language_model, self.tokenizer, self.stage = self.model, tokenizer, stage
         self.chat = ChatEncoder(tokenizer, None, "<image>")
-        self.context = _context(recipe, self.model.config)
+        self.room, self.context = _room(recipe, stage, self.model.config)
 
-    def make(self, pairs: Sequence[Pair]) -> Batch:
-        examples = [encode_record(record, self.chat, self.context, self.stage.train_on, rng) for record, rng in pairs]
-        return collate_text(examples, self.tokenizer.pad_token_id)
+    def encode(self, record: Record, rng: np.random.Generator) -> Example:
+        _check_images(record, 0)
+        return encode_record(record, self.chat, self.context, self.stage.train_on, rng)
+
+    def load(self, examples: Sequence[Example]) -> list[Sample | Bad]:
+        return list(map(Sample, examples))
+
+    def collate(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+        examples = [[sample.example for sample in row] for row in rows]
+        return collate_text(examples, self.tokenizer.pad_token_id, self.stage.packing.mode == "pack")
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return summed_cross_entropy(model(input_ids=batch.input_ids, use_cache=False).logits, batch.labels), {}
+        logits = model(input_ids=batch.input_ids, **batch.packed, use_cache=False).logits
+        return summed_cross_entropy(logits, batch.labels), {}
 
     def save(self, folder: Path) -> None:
         save(self.model, self.tokenizer, folder)
@@ -160,23 +204,29 @@ class Chat(Objective):
             self.vlm, self.processor = build_model(recipe, find_tokenizer(recipe, run), run)
         self.adapter_folder = run.adapter
         self.stage, self.read = stage, read
-        self.context = _context(recipe, self.vlm.config.text_config)
+        self.room, self.context = _room(recipe, stage, self.vlm.config.text_config)
         if stage.reset:
             draw_anew(self.vlm, stage.reset)
         self.adapter: PeftModel | None = add_lora(self.vlm, stage.lora) if stage.lora else None
         self.model = self.vlm  # adapters sit inside it: its forward is theirs
+        self.language_model = self.vlm.language_model
 
-    def make(self, pairs: Sequence[Pair]) -> Batch:
-        examples: list[Example] = []
-        pictures: list[Image.Image] = []
-        for record, rng in pairs:
-            shown = [_picture(self.read, record, path) for path in record.images]
-            placeholders = self.processor.placeholders(shown)
-            example = encode_record(record, self.processor.chat, self.context, self.stage.train_on, rng, placeholders)
-            examples.append(example)
-            kept = shown[: len(example.images)]
-            pictures += [self.stage.augment(picture, rng, self.processor.shorter_edge) for picture in kept]
-        return collate_chat(examples, pictures, self.processor)
+    def encode(self, record: Record, rng: np.random.Generator) -> Example:
+        tokens = self.processor.image_tokens
+        counts = [tokens.placeholders(*self._size(record, image)) for image in record.images]
+        return encode_record(record, self.processor.chat, self.context, self.stage.train_on, rng, counts)
+
+    def _size(self, record: Record, image: ImageRef) -> tuple[int, int]:
+        """(height, width); where all sizes make as many tokens, the file isn't opened for it."""
+        if self.processor.image_tokens.mode == "none":
+            return 1, 1
+        try:
+            return image_size(image)
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
+
+    def collate(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+        return collate_chat(rows, self.processor, self.stage.packing.mode == "pack")
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         out = model(
@@ -184,6 +234,7 @@ class Chat(Objective):
             **batch.pixels,
             media_index=batch.media_index,
             document_start=batch.document_start,
+            **batch.packed,
             use_cache=False,
         )
         return summed_cross_entropy(out.logits, batch.labels), {}
@@ -217,14 +268,14 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     )
 
 
-def _context(recipe: Recipe, language: Any) -> int:
+def _room(recipe: Recipe, stage: Stage, language: Any) -> tuple[int, int]:
+    """Tokens that a packed row may have, and a document."""
     context = recipe.context or context_length(language)
     assert context is not None, "a recipe without a context is checked before"
-    return context
+    room = stage.packing.tokens or context
+    return room, min(room, context)
 
 
-def _picture(read: ImageCache, record: Record, image: ImageRef) -> Image.Image:
-    try:
-        return read(image)
-    except UserError as error:
-        raise UserError(f"{record.where}: {error}") from None
+def _check_images(record: Record, count: int) -> None:
+    if len(record.images) != count:
+        raise UserError(f"{record.where}: has {len(record.images)} images, where the stage takes {count}")

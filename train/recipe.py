@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from data.augment import Augment
+from data.encode import TrainOn
+from data.packing import Packing
 from vlm.configuration import Connector, CrossAttention
 from vlm.contrastive import POSITION_STD
 from vlm.errors import UserError
@@ -87,10 +89,25 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """A file of rows and the folder of its images (default: `images` beside the file). Relative to data_root."""
+    """A file of rows and the folder of its images (default: `images` beside the file). Relative to data_root.
+
+    format: of the rows, where it can't be found out; weight: how often an epoch has each of its rows (.5: half of them,
+    the other half in the next epoch); rows: how many of them an epoch has, instead of a weight.
+    """
 
     path: str
     images: str | None = None
+    format: str | None = None
+    weight: Positive = 1.0
+    rows: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.weight != 1:
+            raise ValueError(f"{self.path}: give weight or rows, not both")
+
+    def count(self, length: int) -> int:
+        """Rows per epoch of a source that has this many."""
+        return self.rows or max(1, round(self.weight * length))
 
 
 @dataclass(frozen=True)
@@ -105,18 +122,20 @@ class Lora:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training. Parts without a learning rate are frozen.
+    """One stretch of training, of so many optimizer steps or epochs. Parts without a learning rate are frozen.
 
-    batch_size: rows per optimizer step, over all ranks; micro_batch_size: rows per forward on a rank; warmup: share
-    of the steps; group: rows that stay neighbours when shuffled; train_on: which tokens the loss counts; reset: linear
-    layers of the LM, by the last part of their name, that begin the stage with new random weights.
+    batch_size: rows per optimizer step, over all ranks (packed rows, where they are packed); micro_batch_size: rows
+    per forward on a rank; warmup: share of the steps; group: rows that stay neighbours when shuffled; train_on: which
+    tokens the loss counts; reset: linear layers of the LM, by the last part of their name, that begin the stage with
+    new random weights.
     """
 
     name: str
     objective: Literal["contrastive", "language", "chat"]
     data: tuple[Data, ...]
-    steps: Count
     learning_rates: dict[str, NotNegative]
+    steps: Count | None = None
+    epochs: Positive | None = None
     batch_size: Count = 16
     micro_batch_size: Count | None = None
     lora: Lora | None = None
@@ -126,7 +145,8 @@ class Stage:
     schedule: Literal["cosine", "constant"] = "cosine"
     clip: Positive = 1.0
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: TrainOn = "assistant"
+    packing: Packing = field(default_factory=Packing)
     shuffle: bool = True
     group: Count = 1
     augment: Augment = field(default_factory=Augment)
@@ -134,6 +154,13 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError(f"stage {self.name!r} needs data")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"stage {self.name!r} needs either steps or epochs")
+        if self.packing.mode != "none" and (self.objective == "contrastive" or self.group > 1 or not self.shuffle):
+            raise ValueError(
+                f"packing.mode {self.packing.mode} puts rows in another order: not for contrastive stages, group or "
+                "shuffle: false"
+            )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"stage name {self.name!r} can't name a folder")
         known = PARTS[self.objective]
@@ -157,7 +184,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run. precision auto: bf16 on CUDA, fp32 elsewhere. threads: CPU threads, kept for exact resume."""
+    """A training run. precision auto: bf16 on CUDA, fp32 elsewhere. threads: CPU threads, kept for exact resume.
+
+    max_bad: share of a stage's rows that may be broken; such rows are left out and listed in quarantine.jsonl.
+    """
 
     model: Model
     stages: tuple[Stage, ...]
@@ -169,6 +199,7 @@ class Recipe:
     threads: Count | None = None
     workers: Natural = 0
     image_cache_mb: Natural = 1024
+    max_bad: Share = 0.005
     checkpoint_every: Count = 200
     keep_checkpoints: Count = 2
 
@@ -181,10 +212,6 @@ class Recipe:
         for backbone in (self.model.vision, self.model.second_vision, self.model.language):
             if backbone is not None and backbone.stage is not None and backbone.stage not in names:
                 raise ValueError(f"no stage {backbone.stage!r} in this recipe; there are {', '.join(names)}")
-
-    @property
-    def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:

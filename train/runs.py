@@ -2,23 +2,30 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.bad import Bad
 from train.recipe import Recipe
 from vlm.errors import UserError
 from vlm.settings import dump, parse, read_yaml
 
+# settings that a run may go on with changed: they decide nothing about what is learned
+NO_MATTER = ("max_bad", "workers", "image_cache_mb", "checkpoint_every", "keep_checkpoints")
+
 
 class Run:
-    """recipe.yaml, metrics.jsonl, checkpoints/step-N/, stages/NAME/ (each finished stage's model), model/, adapter/."""
+    """recipe.yaml, metrics.jsonl, quarantine.jsonl (rows left out), checkpoints/step-N/, stages/NAME/ (each finished
+    stage's model), model/, adapter/."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.recipe_file = folder / "recipe.yaml"
         self.metrics_file = folder / "metrics.jsonl"
+        self.quarantine_file = folder / "quarantine.jsonl"
         self.checkpoints = folder / "checkpoints"
         self.model = folder / "model"
         self.adapter = folder / "adapter"
@@ -42,7 +49,7 @@ class Run:
         and `resume` is off."""
         held = self.held()
         if held is not None:
-            if held != recipe:
+            if not _same_result(held, recipe):
                 raise UserError(
                     f"{self.folder}: holds the run of another recipe ({_difference(held, recipe)}); use another --out"
                 )
@@ -51,14 +58,18 @@ class Run:
                 raise UserError(
                     f"{self.folder}: holds {state} of this recipe; --resume goes on with it, or use another --out"
                 )
+            self._store(recipe)
             return False
         if self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder}: not empty, and not a run; use another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._store(recipe)
+        return True
+
+    def _store(self, recipe: Recipe) -> None:
         partial = self.recipe_file.with_suffix(".partial")
         partial.write_text(dump(recipe), encoding="utf-8")
-        partial.rename(self.recipe_file)
-        return True
+        partial.replace(self.recipe_file)
 
     def abandon(self) -> None:
         """Removes the run if it hasn't done a step, so that it doesn't stand in the way of the next."""
@@ -73,25 +84,49 @@ class Run:
             self.folder.rmdir()
 
     def metrics(self) -> list[dict[str, Any]]:
-        if not self.metrics_file.is_file():
-            return []
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        return _read_lines(self.metrics_file)
+
+    def steps_of(self, stage: str) -> int:
+        """How many steps of a stage are logged."""
+        return sum(entry["stage"] == stage for entry in self.metrics())
+
+    def log(self, entry: dict[str, Any]) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def quarantined(self, stage: str) -> list[Bad]:
+        """The rows that a stage has left out so far."""
+        entries = _read_lines(self.quarantine_file)
+        return [Bad(entry["where"], entry["reason"]) for entry in entries if entry["stage"] == stage]
+
+    def quarantine(self, rows: Iterable[Bad], stage: str, step: int) -> None:
+        with self.quarantine_file.open("a", encoding="utf-8") as file:
+            for row in rows:
+                entry = {"where": row.where, "reason": row.reason, "stage": stage, "step": step}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Removes the lines of metrics.jsonl after `step`, also one that was cut off in the middle of writing."""
-        if not self.metrics_file.is_file():
-            return
-        kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if entry["step"] <= step:
-                kept.append(line + "\n")
-        partial = self.metrics_file.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.metrics_file)
+        """Removes what was logged after `step`, also a line that was cut off in the middle of writing."""
+        for path in (self.metrics_file, self.quarantine_file):
+            if not path.is_file():
+                continue
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(path)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def resolved(recipe: Recipe, held: Recipe | None, threads: int) -> Recipe:
@@ -101,6 +136,10 @@ def resolved(recipe: Recipe, held: Recipe | None, threads: int) -> Recipe:
     return replace(recipe, data_root=str(Path(recipe.data_root).resolve()), threads=threads)
 
 
+def _same_result(held: Recipe, recipe: Recipe) -> bool:
+    return replace(held, **{name: getattr(recipe, name) for name in NO_MATTER}) == recipe
+
+
 def _difference(held: Recipe, new: Recipe) -> str:
-    names = [name for name in vars(held) if getattr(held, name) != getattr(new, name)]
+    names = [name for name in vars(held) if name not in NO_MATTER and getattr(held, name) != getattr(new, name)]
     return f"they differ in {', '.join(names)}"

@@ -15,11 +15,14 @@ from vlm.errors import UserError
 
 @dataclass(frozen=True)
 class Position:
-    """stage: index in the recipe; done: its finished steps; step: finished steps of the whole run."""
+    """stage: index in the recipe; done: its finished steps; step: finished steps of the whole run; loaders: where each
+    rank's loader is; rows: of the stage's data, which must not have changed."""
 
     stage: int
     done: int
     step: int
+    loaders: list[dict[str, int]]
+    rows: list[int]
 
 
 def save_state(folder: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
@@ -43,6 +46,19 @@ def latest(folder: Path) -> Path | None:
 
 def read_position(checkpoint: Path) -> Position:
     return Position(**_read(checkpoint)["position"])
+
+
+def check_position(checkpoint: Path, position: Position, world: int, rows: list[int]) -> None:
+    """UserError where the rest of the run can't be what it would have been."""
+    if len(position.loaders) != world:
+        raise UserError(
+            f"{checkpoint}: was written by {len(position.loaders)} processes, and this run has {world}; start as many, "
+            "so that each goes on where it was"
+        )
+    if position.rows != rows:
+        raise UserError(
+            f"{checkpoint}: the stage's data had {position.rows} rows and has {rows} now; put the old data back"
+        )
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -1,8 +1,8 @@
-"""The order of rows: every row once an epoch on any number of ranks, the same again after any stop."""
+"""A rank's steps: every row once an epoch on any number of ranks and workers, the same again after any stop."""
 
 import json
-import pickle
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,123 +14,176 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.loader import ImageCache, Loader, Order, Rows
+from data.bad import Bad
+from data.collate import Sample
+from data.encode import Example
+from data.loader import ImageCache, Loader, State, Step
+from data.mixture import Mixture
+from data.packing import Packing
 from data.records import Record
-from data.sources import Source
+from data.sources import open_source
 from vlm import UserError
 
-Seen = list[tuple[str, str, int]]
-COUNTS = (7, 1, 5)
-TOTAL = sum(COUNTS)
+ROWS = 53
+UNREADABLE, UNDECODABLE = {4, 5, 30}, {7, 31, 52}
+PACKINGS = [Packing(), Packing("bucket", window=16), Packing("pack", window=16)]
+MODES = pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: packing.mode)
+Made = list[list[tuple[str, int]]]
+
+
+class Words:
+    """A row becomes as many tokens as its answer says, a micro-batch (place, draw) of every document in its rows."""
+
+    def encode(self, record: Record, rng: np.random.Generator) -> Example:
+        length = int(record.messages[-1]["content"][0]["text"])
+        return Example([1] * length, [int(rng.integers(1 << 40))], (), Path(record.where).name)
+
+    def load(self, examples: Sequence[Example]) -> list[Sample | Bad]:
+        numbers = [int(example.where.partition(":")[2]) - 1 for example in examples]
+        broken = UNDECODABLE if any(len(example.input_ids) == 33 for example in examples) else set()
+        return [
+            Bad(example.where, "no picture") if number in broken else Sample(example)
+            for number, example in zip(numbers, examples, strict=True)
+        ]
+
+    def collate(self, rows: Sequence[Sequence[Sample]]) -> Made:
+        return [[(sample.example.where, sample.example.labels[0]) for sample in row] for row in rows]
+
+
+def write(path: Path, broken: bool) -> Path:
+    lengths = np.random.default_rng(1).integers(1, 32, ROWS)
+    rows = [{"question": "?", "answer": str(length)} for length in lengths]
+    for number in UNREADABLE if broken else ():
+        rows[number] = {"question": "?", "answer": ""}
+    for number in UNDECODABLE if broken else ():
+        rows[number]["answer"] = "33"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Three files of 13 rows together."""
-    folder = tmp_path_factory.mktemp("rows")
-    sources = []
-    for number, count in enumerate(COUNTS):
-        path = folder / f"{number}.jsonl"
-        lines = [json.dumps({"question": "?", "answer": f"{number}-{row}"}) for row in range(count)]
-        path.write_text("\n".join(lines) + "\n")
-        sources.append(Source(path))
-    return Rows(sources, seed=3)
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    return Mixture([open_source(write(tmp_path_factory.mktemp("rows") / "rows.jsonl", broken=False))], 3)
 
 
-ALL = [f"{number}-{row}" for number, count in enumerate(COUNTS) for row in range(count)]
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    return Mixture([open_source(write(tmp_path_factory.mktemp("rows") / "rows.jsonl", broken=True))], 3)
 
 
-def describe(items: list[tuple[Record, np.random.Generator]]) -> Seen:
-    """Of every row its answer, its place, and a draw of its generator."""
-    return [
-        (record.messages[-1]["content"][0]["text"], Path(record.where).name, int(rng.integers(1 << 60)))
-        for record, rng in items
-    ]
+def steps(mixture: Mixture, count: int, state: State | None = None, **options: Any) -> list[Step[Made]]:
+    batch_size = options.pop("batch_size", 6)
+    loader = Loader(mixture, Words(), batch_size, **{"micro": 2, "tokens": 64, **options})
+    return list(islice(loader.steps(state), count))
 
 
-def loader(rows: Rows, batch_size: int = 4, workers: int = 0, **options: Any) -> Loader[Seen]:
-    ranks = {key: options.pop(key) for key in ("rank", "world") if key in options}
-    order = Order(len(rows), **{"seed": 5, **options})
-    return Loader(rows, order, batch_size, describe, workers=workers, **ranks)
+def documents(taken: Sequence[Step[Made]]) -> list[str]:
+    return [where for step in taken for made in step.micro_batches for row in made for where, _ in row]
 
 
-def take(rows: Rows, count: int, first: int = 0, **options: Any) -> list[Seen]:
-    return list(islice(loader(rows, **options).batches(first), count))
+def named(taken: Sequence[Step[Made]]) -> list[str]:
+    return [Path(bad.where).name for step in taken for bad in step.bad]
 
 
-def answers(batches: list[Seen]) -> list[str]:
-    return [answer for batch in batches for answer, _, _ in batch]
+def everywhere(epochs: int = 1) -> Counter[str]:
+    return Counter({f"rows.jsonl:{row + 1}": epochs for row in range(ROWS)})
 
 
-def test_without_shuffling_rows_come_in_the_order_of_the_files(rows: Rows) -> None:
-    assert answers(take(rows, 7, shuffle=False)) == (ALL * 3)[:28]
-    assert take(rows, 1, shuffle=False)[0][0][1] == "0.jsonl:1"
-    assert (len(rows), rows[0, 8][0].messages[-1]["content"][0]["text"]) == (13, "2-0")
-
-
+@MODES
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_ranks_of_an_epoch_together_see_every_row_once(rows: Rows, world: int) -> None:
-    epochs = 6  # 13 rows in batches of 6 come out even after six epochs
-    parts = [take(rows, 13 * epochs // 6, batch_size=6, rank=rank, world=world) for rank in range(world)]
-    together = [answer for batch in zip(*parts, strict=True) for part in batch for answer, _, _ in part]
-    assert together == answers(take(rows, 13 * epochs // 6, batch_size=6))
-    for epoch in range(epochs):
-        assert sorted(together[epoch * TOTAL : (epoch + 1) * TOTAL]) == sorted(ALL)
-    assert all(len(batch) == 6 // world for part in parts for batch in part)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_ranks_together_see_an_epoch_and_nothing_else(
+    whole: Mixture, broken: Mixture, packing: Packing, world: int, workers: int
+) -> None:
+    for mixture in (whole, broken):
+        taken: list[Step[Made]] = []
+        for rank in range(world):
+            options = {"rank": rank, "world": world, "workers": workers, "packing": packing, "samples": 2 * ROWS}
+            own = steps(mixture, 40, **options)
+            assert not own[-1].state.seen - own[-2].state.seen  # it's through
+            taken += own
+        assert Counter(documents(taken)) + Counter(named(taken)) == everywhere(epochs=2)
+        assert set(named(taken)) == (
+            {f"rows.jsonl:{row + 1}" for row in UNREADABLE | UNDECODABLE} if mixture is broken else set()
+        )
 
 
-def test_epochs_differ_and_seeds_differ_and_nothing_else_does(rows: Rows) -> None:
-    order = answers(take(rows, 13))
-    epochs = [tuple(order[n * TOTAL : (n + 1) * TOTAL]) for n in range(4)]
-    assert len({*epochs, tuple(ALL)}) == 5
-    torch.manual_seed(1)
-    np.random.seed(1)
-    assert take(rows, 13) == take(rows, 13)
-    assert answers(take(rows, 13, seed=6)) != order
-    state = torch.get_rng_state()
-    take(rows, 2)
-    assert torch.equal(torch.get_rng_state(), state)  # and are not drawn from
+@MODES
+def test_without_an_end_epoch_follows_epoch(broken: Mixture, packing: Packing) -> None:
+    taken = steps(broken, 60, packing=packing)
+    seen = taken[-1].state.seen
+    counts = Counter(documents(taken)) + Counter(named(taken))
+    assert counts.total() == seen > ROWS
+    assert max(counts.values()) - min(counts.values()) <= 1 + (packing.mode != "none")
+    assert min(map(len, [made for step in taken for made in step.micro_batches])) == 2
 
 
-@given(first=st.integers(0, 40), batch_size=st.sampled_from([1, 4, 6, 20]), group=st.sampled_from([1, 2]))
-@settings(max_examples=30, deadline=None)
-def test_going_on_at_a_batch_gives_the_rest(rows: Rows, first: int, batch_size: int, group: int) -> None:
-    options: dict[str, Any] = {"batch_size": batch_size, "group": group}
-    assert take(rows, 5, first=first, **options) == take(rows, first + 5, **options)[first:]
+@MODES
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (3, 2)])
+def test_workers_change_nothing_and_going_on_after_any_step_gives_the_rest(
+    broken: Mixture, packing: Packing, workers: int, world: int, rank: int
+) -> None:
+    options: dict[str, Any] = {"packing": packing, "world": world, "rank": rank, "samples": 2 * ROWS}
+    whole = steps(broken, 30, **options)
+    for stop in (0, 1, 2, 5, 11, 12):
+        state = whole[stop].state
+        assert steps(broken, 29 - stop, state, workers=workers, **options) == whole[stop + 1 :]
 
 
-@pytest.mark.parametrize("group", [2, 3])
-def test_groups_stay_together_in_order(rows: Rows, group: int) -> None:
-    for epoch in range(4):
-        order = Order(TOTAL, seed=5, group=group).epoch(epoch).tolist()
-        whole = TOTAL // group * group
-        groups = [tuple(order[n : n + group]) for n in range(0, whole, group)]
-        assert sorted(groups) == [tuple(range(n, n + group)) for n in range(0, whole, group)]
-        assert groups != sorted(groups)
-        assert order[whole:] == list(range(whole, TOTAL))  # what fills no group comes at the end
+@given(
+    stop=st.integers(0, 40),
+    batch_size=st.sampled_from([1, 2, 7, 30]),
+    window=st.integers(1, 70),
+    mode=st.integers(0, 2),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_state_holds_all_that_matters(
+    broken: Mixture, stop: int, batch_size: int, window: int, mode: int
+) -> None:
+    packing = Packing(PACKINGS[mode].mode, window=window)
+    options: dict[str, Any] = {"packing": packing, "batch_size": batch_size, "micro": None}
+    whole = steps(broken, 44, **options)
+    assert steps(broken, 3, whole[stop].state, **options) == whole[stop + 1 : stop + 4]
 
 
-def test_orders_are_uniform_enough() -> None:
-    first = Counter(int(Order(5, seed=seed).epoch(0)[0]) for seed in range(500))
-    assert len(first) == 5
-    assert min(first.values()) > 60
+def test_a_broken_row_makes_room_for_the_next(broken: Mixture) -> None:
+    order = [broken.where(broken.sample(number)) for number in range(ROWS)]
+    bad = {f"rows.jsonl:{row + 1}" for row in UNREADABLE | UNDECODABLE}
+    good = [name for name in (Path(where).name for where in order) if name not in bad]
+    taken = steps(broken, len(good) // 6)
+    assert documents(taken) == good[: len(good) // 6 * 6]
+    assert all(len(made) == 2 for step in taken for made in step.micro_batches)
+    assert {row.reason for step in taken for row in step.bad} == {"message 2: an empty answer", "no picture"}
 
 
-def test_workers_change_nothing(rows: Rows) -> None:
-    assert take(rows, 9, first=2, workers=2) == take(rows, 9, first=2)
+@MODES
+def test_where_nothing_is_whole_the_data_is_blamed(tmp_path: Path, packing: Packing) -> None:
+    for rows, reason in (
+        ({"question": "?", "answer": ""}, "empty answer"),
+        ({"question": "?", "answer": "33"}, "no picture"),
+    ):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join([json.dumps(rows)] * 53))
+        mixture = Mixture([open_source(path)], 3)
+        preparation = Words()
+        preparation.load = lambda examples: [Bad(example.where, "no picture") for example in examples]  # type: ignore[method-assign]
+        with pytest.raises(UserError, match=f"none of the data's rows can be used .*{reason}"):
+            next(Loader(mixture, preparation, 6, packing=packing, tokens=64).steps())
 
 
-def test_rows_can_be_sent_to_a_process_that_shares_no_memory(rows: Rows) -> None:
-    again = pickle.loads(pickle.dumps(rows))
-    assert take(again, 5) == take(rows, 5)
+def test_packed_rows_keep_within_their_room_and_fill_it(whole: Mixture) -> None:
+    rows = [row for step in steps(whole, 20, packing=PACKINGS[2]) for made in step.micro_batches for row in made]
+    lengths = {f"rows.jsonl:{n + 1}": int(whole.sources[0].row(n)["answer"]) for n in range(ROWS)}
+    filled = [sum(lengths[where] for where, _ in row) for row in rows]
+    assert max(filled) <= 64
+    assert sum(filled) / len(filled) > 0.8 * 64
 
 
-def test_each_rows_generator_depends_on_seed_epoch_and_row_alone(rows: Rows) -> None:
-    drawn = {(answer, draw) for batch in take(rows, 13) for answer, _, draw in batch}
-    assert len(drawn) == 13 * 4  # other numbers for the same row in another epoch
-    shuffled, ordered = (set(take(rows, 1, batch_size=13, shuffle=shuffle)[0]) for shuffle in (True, False))
-    assert shuffled == ordered
-    assert not shuffled & set(take(Rows(rows.sources, seed=4), 1, batch_size=13)[0])
+def test_the_runs_own_random_state_is_not_drawn_from(whole: Mixture) -> None:
+    before = torch.get_rng_state()
+    steps(whole, 3, workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.fixture

@@ -107,20 +107,20 @@ def test_an_interrupted_checkpoint_leaves_the_last_good_one(tmp_path: Path, monk
 
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    save_state(tmp_path, Position(0, 1, 1), model, optimizer, keep=2)
+    save_state(tmp_path, Position(0, 1, 1, [], []), model, optimizer, keep=2)
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        save_state(tmp_path, Position(0, 2, 2), model, optimizer, keep=2)
+        save_state(tmp_path, Position(0, 2, 2, [], []), model, optimizer, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert latest(tmp_path) == tmp_path / "step-1"
 
 
 def test_rates_warm_up_and_fall_to_zero_with_each_parts_own_peak() -> None:
-    stage = Stage("s", "chat", ({"path": "x"},), 100, {"connector": 1.0}, warmup=0.1)  # type: ignore[arg-type]
+    stage = Stage("s", "chat", ({"path": "x"},), {"connector": 1.0}, 100, warmup=0.1)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 0.0, "peak": peak} for peak in (1.0, 10.0)])
     seen = []
     for step in (0, 9, 10, 55, 99):
-        set_rates(optimizer, stage, step)
+        set_rates(optimizer, stage, step, 1, 100)
         low, high = (group["lr"] for group in optimizer.param_groups)
         assert high == pytest.approx(10 * low)
         seen.append(low)

@@ -17,7 +17,7 @@ from vlm.errors import UserError
 
 
 def chat_stage(rates: dict[str, float], lora: Lora | None = None) -> Stage:
-    return Stage("chat", "chat", ({"path": "x"},), 1, rates, lora=lora)  # type: ignore[arg-type]
+    return Stage("chat", "chat", ({"path": "x"},), rates, 1, lora=lora)  # type: ignore[arg-type]
 
 
 def test_every_parameter_is_in_one_part_and_only_named_parts_learn(tiny_models: Any) -> None:

@@ -1,0 +1,97 @@
+"""The order in which rows are seen: a pure function of seed and position, so stopping and going on loses nothing."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from data.records import Record
+from data.sources import Source
+from vlm.errors import UserError
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Sample = tuple[int, int]  # epoch and slot
+
+
+@dataclass(frozen=True)
+class Order:
+    """Epoch -> its slots in the order they are seen. Slots are shuffled in runs of `group` that stay together."""
+
+    slots: int
+    seed: int | tuple[int, ...]
+    shuffle: bool = True
+    group: int = 1
+
+    def epoch(self, number: int) -> Numbers:
+        """Slots of one epoch; those that don't fill a last group come at the end."""
+        if not self.shuffle:
+            return np.arange(self.slots)
+        seed = self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        groups = np.random.default_rng([*seed, number]).permutation(self.slots // self.group)
+        whole = (groups[:, None] * self.group + np.arange(self.group)).reshape(-1)
+        return np.concatenate([whole, np.arange(len(whole), self.slots)])
+
+
+class Mixture:
+    """Several sources as one data set. An epoch has a number of slots for each of them.
+
+    counts: rows that each source gives per epoch, all by default. A source that gives another number than it has goes
+    on in the next epoch where it stopped, and is shuffled anew when it's through: no row falls behind the others.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seed: int,
+        counts: Sequence[int] | None = None,
+        shuffle: bool = True,
+        group: int = 1,
+    ) -> None:
+        self.sources, self.seed, self.shuffle = list(sources), seed, shuffle
+        self.counts = list(counts or map(len, sources))
+        if group > 1 and self.counts != list(map(len, sources)):
+            raise UserError("group: rows that stay neighbours need whole data sets; leave weight and rows out")
+        self.starts = [0, *accumulate(self.counts)]
+        self.order = Order(self.starts[-1], seed, shuffle, group)
+        self._epochs: dict[str, tuple[int, Numbers]] = {}
+
+    def __len__(self) -> int:
+        """Slots of an epoch."""
+        return self.starts[-1]
+
+    def sample(self, number: int) -> Sample:
+        """The epoch and the slot of a sample, counted over all epochs."""
+        epoch, place = divmod(number, len(self))
+        return epoch, int(self._epoch("mixture", self.order, epoch)[place])
+
+    def place(self, sample: Sample) -> tuple[int, int]:
+        """Which source fills a slot in an epoch, and with which of its rows."""
+        epoch, slot = sample
+        which = bisect_right(self.starts, slot) - 1
+        row, count, whole = slot - self.starts[which], self.counts[which], len(self.sources[which])
+        if count != whole:
+            cycle, row = divmod(epoch * count + row, whole)
+            order = Order(whole, (self.seed, 2, which), self.shuffle)
+            row = int(self._epoch(f"source {which}", order, cycle)[row])
+        return which, row
+
+    def where(self, sample: Sample) -> str:
+        which, row = self.place(sample)
+        return self.sources[which].where(row)
+
+    def read(self, sample: Sample) -> tuple[Record, np.random.Generator]:
+        """The record in a slot and the generator of all that is drawn for it; UserError for a broken row."""
+        which, row = self.place(sample)
+        return self.sources[which][row], np.random.default_rng([self.seed, 1, *sample])
+
+    def _epoch(self, name: str, order: Order, number: int) -> Numbers:
+        if self._epochs.get(name, (-1,))[0] != number:
+            self._epochs[name] = (number, order.epoch(number))
+        return self._epochs[name][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Orders are made again where they are needed."""
+        return {**vars(self), "_epochs": {}}
