@@ -16,12 +16,12 @@ class Packing:
     several documents in a row, which keep their own positions, attention and images.
 
     tokens: what a packed row holds (default: the context); images: most images in a packed row, unless one document has
-    more; window: examples that are looked at together, never of two epochs.
+    more (default: one for every 64 tokens, and 8 at least); window: examples that are looked at together.
     """
 
     mode: Literal["none", "bucket", "pack"] = "none"
     tokens: Count | None = None
-    images: Count = 8
+    images: Count | None = None
     window: Count = 1024
 
 
@@ -37,7 +37,9 @@ def plan(
         return [[example] for example in examples]
     if packing.mode == "pack":
         lengths = [len(example.input_ids) for example in examples]
-        rows = pack(lengths, [len(example.images) for example in examples], tokens, packing.images)
+        rows = pack(
+            lengths, [len(example.images) for example in examples], tokens, packing.images or max(8, tokens // 64)
+        )
         return [[examples[index] for index in rows[number]] for number in rng.permutation(len(rows))]
     order = sorted(range(len(examples)), key=lambda i: (bool(examples[i].images), len(examples[i].input_ids)))
     groups = [order[start : start + together] for start in range(0, len(order), together)]

@@ -284,7 +284,10 @@ def _texts(recipe: Recipe) -> Iterator[str]:
     for stage in recipe.stages:
         for source in open_sources(recipe, stage):
             for index in range(0, len(source), max(1, len(source) // TOKENIZER_ROWS)):
-                record = source[index]
+                try:
+                    record = source[index]
+                except UserError:  # counted and named where rows are learned from
+                    continue
                 yield from record.captions
                 for message in record.messages:
                     yield from (part["text"] for part in message["content"] if part["type"] == "text")

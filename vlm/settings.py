@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from vlm.errors import UserError
 
@@ -21,7 +21,20 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def read_share(value: Any) -> Any:
+    """A share as a number, also where it's written as percent; what else it can be is pydantic's to say."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not text.endswith("%"):
+        return value
+    try:
+        return float(text[:-1]) / 100
+    except ValueError:
+        return value
+
+
+Share = Annotated[float, BeforeValidator(read_share), Field(ge=0, le=1)]  # .005 or "0.5%"
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
