@@ -1,116 +1,214 @@
-"""Files of rows: JSONL, read line by line when asked for, and JSON arrays."""
+"""`open_source`: the rows of whatever people have, by number; its format is found where it isn't given."""
 
-import json
-import mmap
-from array import array
-from collections.abc import Iterator
+import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from data.formats import read_row
-from data.records import Record
+from data.columns import HUB, Columns
+from data.flickr import Grouped, Karpathy, Tokens
+from data.formats import ROW_FORMATS, row_format
+from data.lines import Elements, Lines
+from data.official import COCO, GQA, Official, TextVQA, VQAv2
+from data.rows import Source
+from data.scanner import Scanner
+from data.shards import Shards
+from data.tables import Table
 from vlm.errors import UserError
 
+OFFICIAL: dict[str, type[Official]] = {"vqav2": VQAv2, "coco": COCO, "textvqa": TextVQA, "gqa": GQA}
+FORMATS = (*ROW_FORMATS, *OFFICIAL, "flickr", "hf", "webdataset")
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+_PACKED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".7z")
+_SPLITS = {"training": "train", "testing": "test", "val": "validation", "valid": "validation", "dev": "validation"}
+_SPLIT = re.compile(r"(?:^|[-_.])(train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?|dev)(?=[-_.\d]|$)")
+# An array of a file that is one object, what its elements have, and the format that this tells.
+_ARRAYS = (
+    ("questions", "question_id", "vqav2"),
+    ("annotations", "question_id", "annotations"),
+    ("images", "sentences", "flickr"),
+    ("images", "file_name", "coco"),
+    ("annotations", "caption", "coco"),
+    ("data", "question", "textvqa"),
+)
+__all__ = ["FORMATS", "Source", "open_source"]
 
-def open_source(path: str | Path, images: Path | None = None, format: str | None = None) -> "Source":
-    """The rows of a file, a folder or a data set of the hub; the format is found where it isn't given."""
-    return Source(Path(path), images)
 
+def open_source(path: str | Path, images: Path | None = None, format: str | None = None) -> Source:
+    """The rows of a file, a folder or a data set of the hub; the format is found where it isn't given.
 
-class Source:
-    """The rows of one file, by number. JSONL rows are parsed when asked for, so memory doesn't grow with the file.
-
-    images: the folder that rows' image paths are relative to and confined to; by default an `images` folder beside
-    the file where there is one, else the file's own folder.
+    path: a file or folder; several tars or Parquet files as `a-{000..012}.tar` or `a-*.tar`; QUESTIONS.json+ANNOTATIONS
+    .json; hub:owner/name[:config]; a split is named behind @. images: the folder that image paths are relative to.
     """
+    if format is not None and format not in FORMATS:
+        raise UserError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
+    if re.match(r"(?!hub:)[a-z][a-z0-9+]+:", str(path)):
+        raise UserError(f"{path}: addresses aren't read yet; download the files and name them")
+    source = _open(str(path), images, format)
+    rows = format if format in ROW_FORMATS else None
+    if format is not None and rows is None and source.format != format:
+        raise UserError(f"{path}: not a file of {format}, but of {source.format}")
+    source.check_format()
+    return source
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
-        self.path = path
-        if not path.is_file():
-            raise UserError(f"{path}: no such data file")
-        beside = path.parent / "images"
-        self.images = images or (beside if beside.is_dir() else path.parent)
-        if not self.images.is_dir():
-            raise UserError(f"{self.images}: no such image folder")
-        self._array: list[Any] | None = None
-        self._starts = array("q")
-        self._lines = array("q")
-        self._bytes: mmap.mmap | bytes = b""
-        self._open()
 
-    def __reduce__(self) -> tuple[type["Source"], tuple[Path, Path]]:
-        """A worker process that doesn't share this one's memory opens the file for itself."""
-        return type(self), (self.path, self.images)
+def _open(name: str, images: Path | None, format: str | None) -> Source:
+    path = Path(name)
+    rows = format if format in ROW_FORMATS else None
+    if path.is_dir():
+        return _open_folder(path, images, rows)
+    if path.exists():
+        return _open_file(path, images, format)
+    if name.startswith(HUB):
+        hub, _, split = name.partition("@")
+        return Columns(Path(hub), [], images, rows, split)
+    questions, plus, annotations = name.partition("+")
+    if plus and Path(questions).is_file():
+        return VQAv2(Path(questions), images, Path(annotations))
+    whole, at, split = name.rpartition("@")
+    if at and Path(whole).is_dir():
+        return _open_folder(Path(whole), images, rows, split)
+    if at and Path(whole).is_file():
+        if object_format(Path(whole)) != "flickr":
+            raise UserError(f"{whole}: has no splits, so none is called {split}")
+        return Karpathy(Path(whole), images, split)
+    if re.search(r"[{*?\[]", name):
+        return _open_files(path, expand(name), images, rows)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w+]+)?", name) and not path.parent.is_dir() and not _has_suffix(path):
+        return _open(f"{HUB}{name}", images, format)
+    raise UserError(f"{path}: no such data file")
 
-    def __len__(self) -> int:
-        return len(self._array) if self._array is not None else max(0, len(self._starts) - 1)
 
-    def __getitem__(self, index: int) -> Record:
-        return read_row(self.row(index), self.where(index), self.images)
+def _open_file(path: Path, images: Path | None, format: str | None) -> Source:
+    rows = format if format in ROW_FORMATS else None
+    if path.suffix in _PACKED:
+        raise UserError(f"{path}: a packed file can't be read row by row; unpack it first")
+    if path.suffix in (".tar", ".parquet", ".arrow"):
+        return _open_files(path, [path], images, rows)
+    if path.suffix in (".csv", ".tsv"):
+        table = Table(path, images, rows)
+        return Grouped(table) if format == "flickr" else table
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    opening = head.lstrip(_BLANK)[:1]
+    if not opening and len(head) == path.stat().st_size:
+        raise UserError(f"{path}: no rows in it")
+    if re.match(rb"(\xef\xbb\xbf)?[^\t\n#]+#\d+\s*\t", head):
+        return Grouped(Tokens(path, images))
+    if path.suffix == ".txt" and opening not in (b"[", b"{"):
+        return Grouped(Table(path, images))
+    if opening == b"[":
+        return Elements(path, images, rows)
+    kind = object_format(path) if opening == b"{" and path.suffix not in (".jsonl", ".ndjson") else None
+    if kind == "annotations":
+        raise UserError(f"{path}: a file of annotations; name that of the questions, answers are found beside it")
+    if kind == "flickr":
+        return Karpathy(path, images)
+    return OFFICIAL[kind](path, images) if kind else Lines(path, images, rows)
 
-    def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self)))
 
-    def where(self, index: int) -> str:
-        """file:line of a row, or file[index] in a JSON array."""
-        if self._array is not None:
-            return f"{self.path}[{index}]"
-        return f"{self.path}:{self._lines[index]}"
+def _open_folder(path: Path, images: Path | None, rows: str | None, split: str = "") -> Source:
+    """A folder that `datasets` saved, of Parquet or Arrow files, of tars, or of images with a metadata file."""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return Columns(path, [path], images, rows, split)
+    for folder in (path, path / "data"):
+        for suffix in ("tar", "parquet", "arrow"):
+            if files := sorted(folder.glob(f"*.{suffix}")):
+                return _open_files(path, choose_split(path, files, split), images, rows)
+    names = ("metadata.jsonl", "metadata.csv")
+    for file in (path / name for name in names):
+        if file.is_file():
+            return (Lines if file.suffix == ".jsonl" else Table)(file, images or path, rows)
+    if below := sorted({file.parent.name for name in names for file in path.glob(f"*/{name}")}):
+        raise UserError(f"{path}: its metadata files are in {', '.join(below)}; name one of these folders")
+    raise UserError(f"{path}: no such data file; of a folder tars, Parquet or Arrow files, or {names[0]} are read")
 
-    def row(self, index: int) -> Any:
-        """The parsed row, unchecked."""
-        if self._array is not None:
-            return self._array[index]
-        line = self._bytes[self._starts[index] : self._starts[index + 1]]
+
+def _open_files(path: Path, files: list[Path], images: Path | None, rows: str | None) -> Source:
+    suffixes = {file.suffix for file in files}
+    if suffixes == {".tar"}:
+        return Shards(path, files, images, rows)
+    if suffixes in ({".parquet"}, {".arrow"}):
+        return Columns(path, files, images, rows)
+    raise UserError(f"{path}: several files are read when all are .tar, or all .parquet, or all .arrow")
+
+
+def expand(name: str) -> list[Path]:
+    """The files of a list with braces ({000..012}, {train,val}) or * in it; UserError when one isn't there."""
+    pieces = re.split(r"\{([^{}]*)\}", name)
+    choices: list[list[str]] = [[piece] for piece in pieces]
+    for place in range(1, len(pieces), 2):
+        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", pieces[place])
+        if numbers:
+            first, last = numbers.groups()
+            if int(last) - int(first) > 1_000_000:
+                raise UserError(f"{name}: more than a million files")
+            choices[place] = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        else:
+            choices[place] = pieces[place].split(",")
+    files: list[Path] = []
+    for one in map("".join, product(*choices)):
+        path = Path(one)
+        found = sorted(path.parent.glob(path.name)) if re.search(r"[*?\[]", path.name) else [path]
+        if not found or not all(file.is_file() for file in found):
+            raise UserError(f"{one}: no such data file")
+        files += found
+    if not files:
+        raise UserError(f"{name}: no files")
+    return files
+
+
+def choose_split(path: Path, files: list[Path], split: str) -> list[Path]:
+    """Files of one split, where their names tell splits apart: train and test mixed up would be found too late."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        named = _SPLIT.search(file.stem)
+        found.setdefault(_SPLITS.get(named[1], named[1]) if named else "", []).append(file)
+    wanted = _SPLITS.get(split, split)
+    if split:
+        if wanted not in found:
+            raise UserError(f"{path}: no files of {split}; there are {', '.join(filter(None, found)) or 'no splits'}")
+        return found[wanted]
+    if len(found) > 1:
+        names = [name for name in found if name]
+        raise UserError(f"{path}: holds files of {', '.join(names)}; name one: {path}@{names[0]}")
+    return files
+
+
+def object_format(path: Path) -> str | None:
+    """The format of a file that is one JSON object, by its first keys; None for rows one a line."""
+    with path.open("rb") as file:
+        scanner = Scanner(file, path)
         try:
-            return json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.where(index)}: not valid JSON ({error})") from None
+            for key in scanner.members():
+                if row_format({key: None}) is not None or key in ("role", "id"):
+                    break
+                if scanner.peek() == "[":
+                    for number in scanner.members():
+                        _, _, value = scanner.value()
+                        if number == 0 and (found := _array_format(str(key), value)):
+                            return found
+                elif {"imageId", "question"} <= _keys(scanner.value()[2]):
+                    return "gqa"
+        except UserError:
+            return None  # each line will say for itself what is wrong with it
+        file.seek(0)
+        if file.readline(100).lstrip(b"\xef\xbb\xbf").strip() == b"{":
+            raise UserError(f"{path}: one JSON object over several lines; rows are one a line, or elements of an array")
+    return None
 
-    def check(self, images: int | None = None) -> None:
-        """Reads every row once, so that a run doesn't find a broken one hours later. Raises for the first.
 
-        images: rows with another number of them are broken, too.
-        """
-        broken: list[str] = []
-        for index in range(len(self)):
-            try:
-                record = self[index]
-                if images is not None and len(record.images) != images:
-                    raise UserError(f"{record.where}: has {len(record.images)} images, where the stage takes {images}")
-            except UserError as error:
-                broken.append(str(error))
-        if broken:
-            more = f" ({len(broken) - 1} more broken rows)" if len(broken) > 1 else ""
-            raise UserError(f"{broken[0]}{more}")
+def _array_format(key: str, row: Any) -> str | None:
+    """The format of a file by the first element of an array in it."""
+    for array, needed, name in _ARRAYS:
+        if key == array and needed in _keys(row):
+            return name
+    return None
 
-    def _open(self) -> None:
-        with self.path.open("rb") as file:
-            head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-            if head[:1] == b"[":
-                self._array = self._read_array()
-            elif self.path.stat().st_size:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self._index_lines()
-        if not len(self):
-            raise UserError(f"{self.path}: no rows in it")
 
-    def _read_array(self) -> list[Any]:
-        try:
-            rows = json.loads(self.path.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path}: not valid JSON ({error})") from None
-        return list(rows)
+def _keys(row: Any) -> set[str]:
+    return set(row) if isinstance(row, dict) else set()
 
-    def _index_lines(self) -> None:
-        start, number = 0, 0
-        assert isinstance(self._bytes, mmap.mmap)
-        while start < len(self._bytes):
-            newline = self._bytes.find(b"\n", start)
-            end = newline + 1 if newline >= 0 else len(self._bytes)
-            number += 1
-            if self._bytes[start:end].strip():
-                self._starts.append(start)
-                self._lines.append(number)
-            start = end
-        self._starts.append(len(self._bytes))
+
+def _has_suffix(path: Path) -> bool:
+    return path.suffix in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".tar", ".parquet", ".arrow", *_PACKED)

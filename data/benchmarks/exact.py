@@ -7,7 +7,7 @@ from typing import Any
 
 from data.benchmarks.base import Benchmark, Item, Scores, unique
 from data.records import find_image
-from data.sources import Source
+from data.sources import Source, open_source
 from vlm.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Exact(Benchmark):
     submission_name = "predictions.jsonl"
 
     def items(self, data: Path, images: Path | None) -> list[Item]:
-        source = Source(data, images)
+        source = open_source(data, images)
         items = []
         for index in range(len(source)):
             row, where = _row(source, index)
@@ -33,12 +33,12 @@ class Exact(Benchmark):
         return items
 
     def references(self, path: Path) -> list[Item]:
-        source = Source(path)
+        source = open_source(path)
         rows = (_row(source, index)[0] for index in range(len(source)))
         return [Item(_id(row, index), "", (row["answer"],), kind=_kind(row)) for index, row in enumerate(rows)]
 
     def read_predictions(self, path: Path) -> dict[str, str]:
-        source = Source(path)
+        source = open_source(path)
         rows = (_row(source, index)[0] for index in range(len(source)))
         return unique([(_id(row, index), row["answer"]) for index, row in enumerate(rows)], path)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from data.benchmarks.base import Benchmark, Item, Scores, read_json, unique
 from data.benchmarks.vqa_text import clean, process
+from data.formats import SHORT_ANSWER
 from vlm.errors import UserError
-
-SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 
 
 class VQA(Benchmark):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.formats import CAPTION_PROMPT, read_row
 from data.records import IMAGE_PART, Record, text_part
-from data.sources import Source
+from data.sources import open_source
 from vlm import UserError
 
 
@@ -275,7 +275,7 @@ def test_errors_of_a_file_carry_its_name_and_the_right_line(root: Path) -> None:
     path = root.parent / "rows.jsonl"
     rows = [question(), question(image="a.png"), None, question(image="../secret.png"), question(answer="")]
     path.write_text("\n".join("" if row is None else json.dumps(row) for row in rows) + "\n")
-    source = Source(path)
+    source = open_source(path)
     for index, line in ((2, 4), (3, 5)):
         with pytest.raises(UserError) as error:
             source[index]

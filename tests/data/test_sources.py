@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.sources import Source
+from data.sources import Source, open_source
 from vlm import UserError
 
 REAL = os.environ.get("VLM_DEV_DATA", "")
@@ -49,9 +49,9 @@ def test_every_line_with_something_on_it_is_a_row_with_its_number(
     write(path, data)
     if not expected:
         with pytest.raises(UserError, match="no rows in it"):
-            Source(path)
+            open_source(path)
         return
-    source = Source(path)
+    source = open_source(path)
     assert len(source) == len(expected)
     assert answers(source) == [answer for _, answer in expected]
     assert [source.where(index) for index in range(len(source))] == [f"{path}:{number}" for number, _ in expected]
@@ -63,7 +63,7 @@ def test_every_line_with_something_on_it_is_a_row_with_its_number(
 @pytest.mark.parametrize("head", [b"", BOM, b"\r\n \n"])
 def test_a_json_array_is_rows_named_by_their_index(tmp_path: Path, head: bytes, indent: int | None) -> None:
     rows = [{**ROW, "answer": answer} for answer in ("one", "zwei", "ü")]
-    source = Source(write(tmp_path / "rows.json", head + json.dumps(rows, indent=indent).encode()))
+    source = open_source(write(tmp_path / "rows.json", head + json.dumps(rows, indent=indent).encode()))
     assert answers(source) == ["one", "zwei", "ü"]
     assert source.where(1) == f"{tmp_path / 'rows.json'}[1]"
     assert answers(pickle.loads(pickle.dumps(source))) == ["one", "zwei", "ü"]
@@ -84,7 +84,7 @@ def test_a_file_without_rows_is_refused_by_name(tmp_path: Path, kind: str) -> No
     content, complaint = BAD_FILES[kind]
     path = write(tmp_path / "rows.json", content)
     with pytest.raises(UserError, match=complaint) as error:
-        Source(path)
+        open_source(path)
     assert str(error.value).startswith(str(path))
 
 
@@ -102,7 +102,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("kind", BAD_LINES)
 def test_a_broken_line_is_named_and_the_others_are_read(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / "rows.jsonl", b"\n".join([line("a"), b"", BAD_LINES[kind], line("b")]))
-    source = Source(path)
+    source = open_source(path)
     with pytest.raises(UserError, match="not valid JSON") as error:
         source[1]
     assert str(error.value).startswith(f"{path}:3: ")
@@ -117,12 +117,12 @@ def answers_of(source: Source, index: int) -> Any:
 
 
 def test_many_blank_lines_before_the_first_row_do_no_harm(tmp_path: Path) -> None:
-    source = Source(write(tmp_path / "rows.jsonl", b"\n" * 5000 + line("a")))
+    source = open_source(write(tmp_path / "rows.jsonl", b"\n" * 5000 + line("a")))
     assert (answers(source), source.where(0)) == (["a"], f"{tmp_path / 'rows.jsonl'}:5001")
 
 
 def test_a_sound_file_passes_its_check(tmp_path: Path) -> None:
-    Source(write(tmp_path / "rows.jsonl", line("a") + b"\n" + line("b" * 1_000_000))).check()
+    open_source(write(tmp_path / "rows.jsonl", line("a") + b"\n" + line("b" * 1_000_000))).check()
 
 
 @pytest.mark.parametrize(("images", "number", "found"), [(1, 2, 0), (0, 1, 1)])
@@ -131,7 +131,7 @@ def test_rows_with_another_number_of_images_than_asked_for_are_broken(
 ) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     rows = [{**ROW, "image": "a.png"}, ROW]
-    source = Source(write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)).encode()))
+    source = open_source(write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)).encode()))
     source.check()
     with pytest.raises(UserError, match=rf"rows\.jsonl:{number}: has {found} images, where the stage takes {images}$"):
         source.check(images=images)
@@ -139,12 +139,12 @@ def test_rows_with_another_number_of_images_than_asked_for_are_broken(
 
 def test_a_file_or_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl: no such data file"):
-        Source(tmp_path / "none.jsonl")
+        open_source(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="no such data file"):
-        Source(tmp_path)
+        open_source(tmp_path)
     path = write(tmp_path / "rows.jsonl", line("a"))
     with pytest.raises(UserError, match="elsewhere: no such image folder"):
-        Source(path, images=tmp_path / "elsewhere")
+        open_source(path, images=tmp_path / "elsewhere")
 
 
 def test_images_lie_where_one_says_or_beside_the_file(tmp_path: Path) -> None:
@@ -157,13 +157,13 @@ def test_images_lie_where_one_says_or_beside_the_file(tmp_path: Path) -> None:
     ):
         folder.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / "a.png")
-        assert Source(path, **options)[0].images == ((folder / "a.png").resolve(),)
+        assert open_source(path, **options)[0].images == ((folder / "a.png").resolve(),)
 
 
 @pytest.mark.skipif(not REAL, reason="VLM_DEV_DATA names no folder with flickr8k")
 def test_real_captions_and_questions_are_read_as_they_come() -> None:
     folder = Path(REAL) / "flickr8k"
-    captions, questions = Source(folder / "captions.jsonl"), Source(folder / "yesno.jsonl")
+    captions, questions = open_source(folder / "captions.jsonl"), open_source(folder / "yesno.jsonl")
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert (len(captions), len(questions)) == (len(lines), 1504)
     for record, line in zip(islice(captions, 50), lines, strict=False):

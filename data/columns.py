@@ -1,0 +1,124 @@
+"""Data sets of Hugging Face's `datasets`: Parquet, Arrow, folders that it saved, and ids of its hub."""
+
+from pathlib import Path
+from typing import Any
+
+from data.formats import read_row
+from data.pictures import ImageBytes
+from data.records import Record
+from data.rows import Source, image_folder
+from vlm.errors import UserError, first_line
+
+HUB = "hub:"
+
+
+class Columns(Source):
+    """Rows whose columns are the keys of a row format; Image features come as bytes or paths, never decoded here.
+
+    Arrow files are mapped into memory, Parquet is turned into Arrow once, in the cache of `datasets`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        files: list[Path],
+        images: Path | None = None,
+        row_format: str | None = None,
+        split: str = "",
+    ) -> None:
+        """files: Parquet or Arrow files, or one folder of `save_to_disk`; none for an id of the hub."""
+        super().__init__(path, images or _image_folder(path, files), row_format)
+        self.files, self.split, self.format = files, split, "hf"
+        self._data = _load(path, files, split).with_format("arrow")
+        if not len(self):
+            raise UserError(f"{path}: no rows in it")
+
+    def __reduce__(self) -> tuple[type[Source], tuple[Any, ...]]:
+        return type(self), (self.path, self.files, self.images, self.row_format, self.split)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def where(self, index: int) -> str:
+        return f"{self.path}[{index}]"
+
+    def row(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        try:
+            (row,) = self._data[index].to_pylist()
+        except Exception as error:  # whatever a broken file makes of Arrow
+            raise UserError(f"{self.where(index)}: cannot be read ({first_line(error)})") from None
+        return {key: value for key, value in row.items() if value is not None}
+
+    def __getitem__(self, index: int) -> Record:
+        where = self.where(index)
+        return read_row(_unfold(self.row(index), where), where, self.images, self.row_format)
+
+
+def _image_folder(path: Path, files: list[Path]) -> Path:
+    if path.exists():
+        return image_folder(path)
+    if files:
+        return files[0].parent
+    import datasets  # images of a data set of the hub lie where it was downloaded to
+
+    return Path(datasets.config.HF_CACHE_HOME)
+
+
+def _unfold(value: Any, where: str, name: str = "image") -> Any:
+    """{"bytes", "path"} of an Image feature, anywhere in a row -> ImageBytes, or the path."""
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"}:
+            return ImageBytes(value["bytes"], _name(value, where, name)) if value["bytes"] else value["path"]
+        return {key: _unfold(inner, where, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_unfold(inner, where, f"{name} {number}") for number, inner in enumerate(value)]
+    return ImageBytes(value, f"{where}.{name}") if isinstance(value, bytes) else value
+
+
+def _name(value: dict[str, Any], where: str, name: str) -> str:
+    path = value["path"]
+    return f"{where}.{path if isinstance(path, str) and path else name}"
+
+
+def _load(path: Path, files: list[Path], split: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{path}: needs the library `datasets` (pip install 'vlm[train]')") from None
+    try:
+        if not files:
+            return _from_hub(str(path), split)
+        if files[0].is_dir():
+            return _one_split(datasets.load_from_disk(str(files[0])), path, split)
+        kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
+        return datasets.load_dataset(kind, data_files={"train": [str(file) for file in files]}, split="train")
+    except UserError:
+        raise
+    except Exception as error:  # the library fails in its own, many ways
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+def _from_hub(name: str, split: str) -> Any:
+    """hub:owner/name, hub:owner/name:config"""
+    import datasets
+
+    name, _, config = name.removeprefix(HUB).partition(":")
+    if split:
+        return datasets.load_dataset(name, config or None, split=split)
+    return _one_split(datasets.load_dataset(name, config or None), Path(f"{HUB}{name}"), split)
+
+
+def _one_split(found: Any, path: Path, split: str) -> Any:
+    import datasets
+
+    if not isinstance(found, datasets.DatasetDict):
+        if split:
+            raise UserError(f"{path}: has no splits, so none is called {split}")
+        return found
+    if split and split not in found:
+        raise UserError(f"{path}: no split {split}; there are {', '.join(found)}")
+    if not split and len(found) > 1:
+        raise UserError(f"{path}: holds the splits {', '.join(found)}; name one: {path}@{next(iter(found))}")
+    return found[split or next(iter(found))]

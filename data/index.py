@@ -1,0 +1,75 @@
+"""Where the rows of a file begin, found once: indexes of big files are kept on disk and found again by the next run."""
+
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data.progress import Tell, progress
+from vlm.errors import UserError, first_line
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+KEEP_FROM = 64 << 20  # bytes of a file of which the index is worth a file of its own
+_VERSION = 1  # of what the builders make; an index of another one is built anew
+
+
+def cache_folder() -> Path:
+    """Where indexes are kept: the environment's VLM_CACHE, by default ~/.cache/vlm."""
+    return Path(os.environ.get("VLM_CACHE") or "~/.cache/vlm").expanduser()
+
+
+def indexed(kind: str, path: Path, build: Callable[[BinaryIO, Tell], Arrays]) -> Arrays:
+    """What `build` makes of a file: remembered by the file's path, size and time of change when it is a big one."""
+    try:
+        with path.open("rb") as file:
+            state = os.fstat(file.fileno())
+            if state.st_size < KEEP_FROM:
+                return _build(path, file, state.st_size, build)
+            name = os.path.abspath(path)  # noqa: PTH100 (Path.absolute keeps the dots)
+            key = f"{_VERSION}\n{kind}\n{name}\n{state.st_size}\n{state.st_mtime_ns}".encode(errors="surrogateescape")
+            slot = cache_folder() / "index" / f"{blake2b(key.splitlines()[1] + os.fsencode(name)).hexdigest()[:32]}.npz"
+            kept = _read(slot, key)
+            if kept is None:
+                kept = _build(path, file, state.st_size, build)
+                _write(slot, key, kept)
+            return kept
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
+
+
+def _build(path: Path, file: BinaryIO, size: int, build: Callable[[BinaryIO, Tell], Arrays]) -> Arrays:
+    with progress(f"indexing {path.name}", size, bytes=True) as tell:
+        return build(file, tell)
+
+
+def _read(slot: Path, key: bytes) -> Arrays | None:
+    """The arrays of a slot, or None: not there, of another state of the file, or damaged (zip checks its sums)."""
+    try:
+        with np.load(slot, allow_pickle=False) as arrays:
+            if arrays["key"].tobytes() != key:
+                return None
+            return {name: arrays[name] for name in arrays.files if name != "key"}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write(slot: Path, key: bytes, arrays: Arrays) -> None:
+    """Written aside and renamed, so that processes that build at once don't disturb each other."""
+    try:
+        slot.parent.mkdir(parents=True, exist_ok=True)
+        aside, name = tempfile.mkstemp(dir=slot.parent, suffix=".new")
+        try:
+            with os.fdopen(aside, "wb") as file:
+                np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)  # type: ignore[arg-type]
+            Path(name).replace(slot)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        print(f"{slot.parent}: the index isn't kept ({error.strerror}); it's built again next time", file=sys.stderr)
