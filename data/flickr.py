@@ -120,7 +120,7 @@ class Karpathy(FileRows):
 
     def row(self, index: int) -> dict[str, Any]:
         where = self.where(index)
-        row = parse(self._read(int(self._chosen[index])).rstrip(b" \t\r\n").removesuffix(b","), where)
+        row = parse(self._read(int(self._chosen[index])).rstrip(b" \t\r\n").removesuffix(b","), where.__str__)
         sentences = row.get("sentences") if isinstance(row, dict) else None
         if not isinstance(sentences, list) or not isinstance(row.get("filename"), str):
             raise UserError(f"{where}: an image needs a filename and sentences")

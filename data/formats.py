@@ -1,6 +1,5 @@
 """Rows of the formats that people have -> Records. The format of a row is read off its keys."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ def row_format(row: Any) -> str | None:
     """The name of a row's format."""
     if isinstance(row, dict):
         for key, (name, beside) in _KEYS.items():
-            if key in row and all(other in row for other in beside):
+            if key in row and (not beside or beside in row):
                 return name
     return None
 
@@ -34,11 +33,11 @@ def read_row(row: Any, where: str, root: Path, format: str | None = None) -> Rec
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row is an object, not {type(row).__name__}")
     name = row_format(row)
-    keys = ", ".join(map(str, row))[:200] or "none"
     if name is None:
+        keys = ", ".join(map(str, row))[:200] or "none"
         raise UserError(f"{where}: unknown kind of row (keys: {keys}); known: {', '.join(_KEYS)}")
     if format is not None and name != format:
-        raise UserError(f"{where}: a row of {name}, where {format} is read (keys: {keys})")
+        raise UserError(f"{where}: a row of {name}, where {format} is read")
     return ROW_FORMATS[name](row, where, root)
 
 
@@ -109,10 +108,12 @@ def _split_marks(text: str) -> list[dict[str, str]]:
     if "<image>" not in text:
         return [text_part(text)]
     parts: list[dict[str, str]] = []
-    for position, piece in enumerate(re.split(r"\n?<image>\n?", text)):
+    first, *pieces = text.split("<image>")
+    pieces = [first, *(piece.removeprefix("\n") for piece in pieces)]
+    for position, piece in enumerate(pieces):
         if position:
             parts.append(IMAGE_PART)
-        if piece:
+        if piece := piece if position == len(pieces) - 1 else piece.removesuffix("\n"):
             parts.append(text_part(piece))
     return parts
 
@@ -214,14 +215,14 @@ ROW_FORMATS: dict[str, Callable[[dict[str, Any], str, Path], Record]] = {
     "documents": _documents,
 }
 # The key that tells a format, and what must stand beside it.
-_KEYS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "messages": ("messages", ()),
-    "conversations": ("llava", ()),
-    "captions": ("captions", ()),
-    "caption": ("captions", ()),
-    "question": ("qa", ()),
-    "texts": ("documents", ("images",)),
-    "text_list": ("documents", ("image_info",)),
-    "file_name": ("captions", ("text",)),
-    "text": ("captions", ("image",)),
+_KEYS = {
+    "messages": ("messages", ""),
+    "conversations": ("llava", ""),
+    "captions": ("captions", ""),
+    "caption": ("captions", ""),
+    "question": ("qa", ""),
+    "texts": ("documents", "images"),
+    "text_list": ("documents", "image_info"),
+    "file_name": ("captions", "text"),
+    "text": ("captions", "image"),
 }

@@ -25,7 +25,7 @@ class Lines(FileRows):
         return f"{self.path}:{number}"
 
     def row(self, index: int) -> Any:
-        return parse(self._read(index).rstrip(), self.where(index))
+        return parse(self._read(index).rstrip(), lambda: self.where(index))
 
     @property
     def _numbers(self) -> np.ndarray[Any, Any]:
@@ -48,7 +48,7 @@ class Elements(FileRows):
         return f"{self.path}[{index}]"
 
     def row(self, index: int) -> Any:
-        return parse(strip_comma(self._read(index)), self.where(index))
+        return parse(strip_comma(self._read(index)), lambda: self.where(index))
 
 
 def index_lines(file: BinaryIO, tell: Tell) -> Arrays:

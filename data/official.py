@@ -77,12 +77,12 @@ class GQA(Official):
         return indexed("keyed", self.path, build)
 
     def where(self, index: int) -> str:
-        key = self._file.read(int(self._arrays["keys"][index]), int(self._starts[index]), str(self.path))
-        return f"{self.path}[{parse(key.rstrip().removesuffix(b':'), str(self.path))}]"
+        key = self._file.read(int(self._arrays["keys"][index]), int(self._starts[index]), self.path.__str__)
+        return f"{self.path}[{parse(key.rstrip().removesuffix(b':'), self.path.__str__)}]"
 
     def row(self, index: int) -> dict[str, Any]:
         where, next_key = self.where(index), int(self._arrays["keys"][index + 1])
-        row = element(self._file.read(int(self._starts[index]), next_key, where), where)
+        row = element(self._file.read(int(self._starts[index]), next_key, where.__str__), where)
         names = [f"{folder}{row.get('imageId')}.jpg" for folder in ("", "images/")]
         return asked(row, row.get("answer"), find_name(self.images, names))
 
@@ -121,7 +121,7 @@ class VQAv2(Official):
         number = int(self._order[place])
         starts = self._answers["annotations.starts"]
         named = f"{self.annotations}[{number}]"
-        return element(self._answer_file.read(int(starts[number]), int(starts[number + 1]), named), named)
+        return element(self._answer_file.read(int(starts[number]), int(starts[number + 1]), named.__str__), named)
 
 
 class COCO(Official):
@@ -159,7 +159,9 @@ class COCO(Official):
     def _caption(self, number: int) -> Any:
         starts = self._arrays["annotations.starts"]
         where = f"{self.path}[annotations {number}]"
-        return element(self._file.read(int(starts[number]), int(starts[number + 1]), where), where).get("caption")
+        return element(self._file.read(int(starts[number]), int(starts[number + 1]), where.__str__), where).get(
+            "caption"
+        )
 
 
 def asked(row: dict[str, Any], answer: Any, image: str) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def index_arrays(path: Path, wanted: dict[str, tuple[str, ...]]) -> Arrays:
 
 
 def element(text: bytes, where: str) -> dict[str, Any]:
-    row = parse(strip_comma(text), where)
+    row = parse(strip_comma(text), where.__str__)
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row is an object, not {type(row).__name__}")
     return row

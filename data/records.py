@@ -48,8 +48,9 @@ def make_record(
         check_roles(where, messages)
     elif not any(part.get("text", "").strip() for part in messages[0]["content"]):
         raise UserError(f"{where}: a document without text")
-    check_texts(where, [*(part.get("text", "") for message in messages for part in message["content"]), *captions])
-    marks = sum(part["type"] == "image" for message in messages for part in message["content"])
+    texts = [part.get("text") for message in messages for part in message["content"]]
+    marks = texts.count(None)
+    check_texts(where, [*filter(None, texts), *captions])
     if marks != len(images):
         raise UserError(f"{where}: {marks} image placeholders, but {len(images)} images")
     found = (
@@ -65,16 +66,17 @@ def check_roles(where: str, messages: Sequence[Message]) -> None:
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if len(turns) < len(messages) and any(part["type"] == "image" for part in messages[0]["content"]):
         raise UserError(f"{where}: message 1: an image in a system message")
+    first = 1 + len(messages) - len(turns)
     for position, message in enumerate(turns):
-        due = ("user", "assistant")[position % 2]
-        number = position + 1 + len(messages) - len(turns)
+        due = "assistant" if position % 2 else "user"
         if message["role"] != due:
-            raise UserError(f"{where}: message {number} is from {message['role']!r}, where {due!r} is due")
+            raise UserError(f"{where}: message {first + position} is from {message['role']!r}, where {due!r} is due")
         if due == "assistant":
-            if any(part["type"] == "image" for part in message["content"]):
-                raise UserError(f"{where}: message {number}: an image in an assistant's answer")
-            if not "".join(part["text"] for part in message["content"]).strip():
-                raise UserError(f"{where}: message {number}: an empty answer")
+            parts = message["content"]
+            if IMAGE_PART in parts:
+                raise UserError(f"{where}: message {first + position}: an image in an assistant's answer")
+            if not any(not part["text"].isspace() and part["text"] for part in parts):
+                raise UserError(f"{where}: message {first + position}: an empty answer")
     if not turns or turns[-1]["role"] != "assistant":
         raise UserError(f"{where}: the conversation doesn't end with an assistant's answer")
 
@@ -99,7 +101,8 @@ def find_image(where: str, image: Any, root: Path) -> Path:
 
 def _find_quickly(image: str, root: Path) -> Path | None:
     """What most images need: their folder resolved once for all, one look at the file. None where it takes more."""
-    base = real_folder(os.path.join(os.getcwd(), root))  # noqa: PTH109, PTH118 (this runs for every row)
+    name = str(root)
+    base = real_folder(name if name[0] == "/" else f"{os.getcwd()}/{name}")  # noqa: PTH109 (this runs for every row)
     folder, _, name = image.rpartition("/")
     if image[0] == "/" or name in ("", ".", ".."):
         return None

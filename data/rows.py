@@ -4,7 +4,7 @@ import json
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ class FileRows(Source):
         return max(0, len(self._starts) - 1)
 
     def _read(self, index: int) -> bytes:
-        return self._file.read(int(self._starts[index]), int(self._starts[index + 1]), self.where(index))
+        start, end = self._starts[index : index + 2].tolist()
+        return self._file.read(start, end, lambda: self.where(index))
 
 
 class Bytes:
@@ -135,24 +136,24 @@ class Bytes:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         weakref.finalize(self, os.close, self._descriptor)
 
-    def read(self, start: int, end: int, where: str) -> bytes:
+    def read(self, start: int, end: int, where: Callable[[], str]) -> bytes:
         if end - start > MOST_BYTES:
-            raise UserError(f"{where}: a row of {(end - start) >> 20} MB, and {MOST_BYTES >> 20} MB are the most")
+            raise UserError(f"{where()}: a row of {(end - start) >> 20} MB, and {MOST_BYTES >> 20} MB are the most")
         try:
             found = os.pread(self._descriptor, end - start, start)
         except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{where()}: cannot be read ({error.strerror})") from None
         if len(found) < end - start:
-            raise UserError(f"{where}: not there any more; was the file changed after it was opened?")
+            raise UserError(f"{where()}: not there any more; was the file changed after it was opened?")
         return found
 
 
-def parse(text: bytes, where: str) -> Any:
+def parse(text: bytes, where: Callable[[], str]) -> Any:
     """A JSON value; UserError with `where` for anything else."""
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode().removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({_why(error)})") from None
+        raise UserError(f"{where()}: not valid JSON ({_why(error)})") from None
 
 
 def _why(error: Exception) -> str:

@@ -112,7 +112,7 @@ def _members(tar: tarfile.TarFile, end: int, where: str) -> Iterator[tarfile.Tar
 
 
 def _row(texts: dict[str, bytes], where: str) -> Any:
-    row = parse(texts["json"], where) if "json" in texts else None
+    row = parse(texts["json"], where.__str__) if "json" in texts else None
     if row_format(row) is not None:
         return row
     for suffix in ("txt", "caption"):
