@@ -6,16 +6,21 @@ literal `<image>` or `<|end|>` in a text stays text. The result is checked again
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from vlm.errors import UserError
+from vlm.templates import leaves_out_prompts
 
 Message = dict[str, Any]
+THINK, THOUGHT = "<think>", "</think>"
+# what the Rust library takes for space beside a token that eats it (Python's isspace has four more)
+_SPACE = r"[^\S\x1c-\x1f]*"
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,25 @@ class ChatTokens:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the rendered chat: the template's own text, or (with `message` set) what that message says."""
+    """A stretch of the rendered chat: the template's own text, or (with `message` set) what that message says.
+
+    frame: the template wrote it for that message, and it may hold control tokens: `<think>` around a thought.
+    """
 
     text: str
     message: int | None = None
+    frame: bool = False
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A text of a message for which a mark stands. optional: the template may leave it out; thought: it is what an
+    assistant thought, and the next one is its answer."""
+
+    text: str
+    owner: int
+    optional: bool = False
+    thought: bool = False
 
 
 class ChatEncoder:
@@ -49,6 +69,13 @@ class ChatEncoder:
         self._inner = _private({**described, "pre_tokenizer": _never_first(described["pre_tokenizer"])})
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         self._control = dict(sorted(added.items(), key=lambda item: -len(item[0])))
+        sides = {(True, False): "left", (False, True): "right", (True, True): "both"}
+        self._eaters = {
+            index: sides[token.lstrip, token.rstrip]
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.lstrip or token.rstrip
+        }
+        self._leaves_out_prompts = leaves_out_prompts(template)
         self.image_token, self.image_token_id = image_token, added.get(image_token)
 
     def encode(
@@ -62,37 +89,62 @@ class ChatEncoder:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
         """The chat as the template writes it, cut into the template's text and the people's."""
-        texts = [text for message in messages for text in _texts(message)]
-        # the texts may hold marks, too: they are not there when the marks are looked for
-        marks = [f"\ue000{index}\ue001" for index in range(len(texts))]
-        numbers = iter(range(len(texts)))
-        marked = [_with_texts(message, [marks[next(numbers)] for _ in _texts(message)]) for message in messages]
-        rest = self._apply(marked, add_generation_prompt)
         rendered = self._apply(messages, add_generation_prompt)
-        owners = [index for index, message in enumerate(messages) for _ in _texts(message)]
-        scaffolds: list[str] = []
-        for here, owner in zip(marks, owners, strict=True):
-            scaffold, found, rest = rest.partition(here)
-            if not found:
-                raise UserError(f"the chat template drops message {owner + 1} of {len(messages)}; use another template")
-            scaffolds.append(scaffold)
-        scaffolds.append(rest)
-        segments = [Segment(scaffolds[0])]
-        position = len(scaffolds[0])
-        for text, owner, scaffold in zip(texts, owners, scaffolds[1:], strict=True):
-            # many templates strip what people wrote, or an end of it
-            stripped = (text, text.strip(), text.lstrip(), text.rstrip())
-            forms = (form for form in stripped if rendered.startswith(form + scaffold, position))
-            said = next(forms, None)
+        try:
+            return self._cut(messages, rendered, add_generation_prompt, split=False)
+        except UserError:
+            # some templates (Qwen3's) take an answer apart, and write its thought in their own way
+            if not any(THOUGHT in text for text in _answers(messages)):
+                raise
+            return self._cut(messages, rendered, add_generation_prompt, split=True)
+
+    def _cut(
+        self, messages: Sequence[Message], rendered: str, add_generation_prompt: bool, split: bool
+    ) -> list[Segment]:
+        # the texts may hold marks, too: they are not there when the marks are looked for
+        spans: list[_Span] = []
+        marked = [self._mark(number, message, spans, split) for number, message in enumerate(messages)]
+        rest = self._apply(marked, add_generation_prompt)
+        found: list[tuple[_Span, str]] = []
+        for number, span in enumerate(spans):
+            scaffold, here, behind = rest.partition(_mark(number))
+            if here:
+                found.append((span, scaffold))
+                rest = behind
+            elif not span.optional:
+                raise UserError(
+                    f"the chat template drops message {span.owner + 1} of {len(messages)}; use another template"
+                )
+        scaffolds = [*(scaffold for _, scaffold in found[1:]), rest] if found else []
+        segments = [Segment(found[0][1] if found else rest)]
+        position = len(segments[0].text)
+        for (span, _), scaffold in zip(found, scaffolds, strict=True):
+            said = next((form for form in _forms(span.text) if rendered.startswith(form + scaffold, position)), None)
             if said is None:
                 raise UserError(
-                    f"the chat template rewrites message {owner + 1} of {len(messages)}; use another template"
+                    f"the chat template rewrites message {span.owner + 1} of {len(messages)}; use another template"
                 )
-            segments += [Segment(said, owner), Segment(scaffold)]
+            segments += [Segment(said, span.owner), Segment(scaffold)]
             position += len(said) + len(scaffold)
         if "".join(segment.text for segment in segments) != rendered:
             raise UserError("the chat template's text depends on what the messages say; use another template")
-        return segments
+        return _frame_thoughts(segments, [span for span, _ in found]) if split else segments
+
+    def _mark(self, number: int, message: Message, spans: list[_Span], split: bool) -> Message:
+        """The message with marks for its texts, which are added to `spans`."""
+        answers = message["role"] == "assistant"
+        optional = not answers and self._leaves_out_prompts
+        marked = []
+        for text in _texts(message):
+            if split and answers and THOUGHT in text:
+                thought = text.partition(THOUGHT)[0].rpartition(THINK)[2]
+                answer = text.rpartition(THOUGHT)[2]
+                marked.append(f"{THINK}\n{_mark(len(spans))}\n{THOUGHT}\n\n{_mark(len(spans) + 1)}")
+                spans += [_Span(thought, number, optional=True, thought=True), _Span(answer, number)]
+            else:
+                marked.append(_mark(len(spans)))
+                spans.append(_Span(text, number, optional))
+        return _with_texts(message, marked)
 
     def tokenise(
         self, segments: Sequence[Segment], messages: Sequence[Message], placeholders: Sequence[int] = ()
@@ -101,7 +153,7 @@ class ChatEncoder:
         supervised: list[bool] = []
         num_images = 0
         answering = False  # the turn of an assistant is open: its text was said, its end mark not yet
-        for piece, control in self._pieces(segments):
+        for piece, control in self._trimmed(self._pieces(segments)):
             if control is not None:
                 if control == self.image_token_id:
                     count = placeholders[num_images] if num_images < len(placeholders) else 0
@@ -110,7 +162,7 @@ class ChatEncoder:
                     supervised += [False] * count
                 else:
                     ids.append(control)
-                    supervised.append(answering)
+                    supervised.append(answering or (piece[0].frame and _said(piece[0], messages)))
                 answering = False
                 continue
             encoding = self._encode("".join(segment.text for segment in piece), inner=bool(ids))
@@ -118,7 +170,7 @@ class ChatEncoder:
             length = 0
             for segment in piece:
                 length += len(segment.text)
-                said = segment.message is not None and messages[segment.message]["role"] == "assistant"
+                said = _said(segment, messages)
                 ends.append((length, said))
                 if segment.message is not None:
                     answering = said
@@ -140,11 +192,12 @@ class ChatEncoder:
             raise UserError("a text holds half of a surrogate pair, which is no character") from None
 
     def _pieces(self, segments: Sequence[Segment]) -> list[tuple[list[Segment], int | None]]:
-        """Control tokens of the template, and between them runs of ordinary text that must be tokenised as one."""
+        """Control tokens of the template (with their segment), and between them runs of ordinary text that must be
+        tokenised as one."""
         pieces: list[tuple[list[Segment], int | None]] = []
         run: list[Segment] = []
         for segment in segments:
-            if segment.message is not None:
+            if segment.message is not None and not segment.frame:
                 run.append(segment)
                 continue
             text = segment.text
@@ -152,14 +205,28 @@ class ChatEncoder:
                 hits = [(text.find(token), -len(token), token) for token in self._control if token in text]
                 start, _, token = min(hits) if hits else (len(text), 0, "")
                 if start:
-                    run.append(Segment(text[:start]))
+                    run.append(replace(segment, text=text[:start]))
                 if token:
                     if run:
                         pieces.append((run, None))
-                    pieces.append(([], self._control[token]))
+                    pieces.append(([segment], self._control[token]))
                     run = []
                 text = text[start + len(token) :]
         return [*pieces, (run, None)] if run else pieces
+
+    def _trimmed(self, pieces: list[tuple[list[Segment], int | None]]) -> Iterator[tuple[list[Segment], int | None]]:
+        """The pieces without the spaces that a control token eats (Phi-3's do), whoever wrote them."""
+        for number, (run, control) in enumerate(pieces):
+            if control is None and self._eaters:
+                before = pieces[number - 1][1] if number else None
+                after = pieces[number + 1][1] if number + 1 < len(pieces) else None
+                if before is not None and self._eaters.get(before, "") in ("right", "both"):
+                    run = _strip(run, rf"\A{_SPACE}")
+                if after is not None and self._eaters.get(after, "") in ("left", "both"):
+                    run = _strip(run[::-1], rf"{_SPACE}\Z")[::-1]
+                if not run:
+                    continue
+            yield run, control
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
@@ -205,3 +272,46 @@ def _with_texts(message: Message, texts: list[str]) -> Message:
     rest = iter(texts)
     parts = [{**part, "text": next(rest)} if part["type"] == "text" else part for part in content]
     return {**message, "content": parts}
+
+
+def _answers(messages: Sequence[Message]) -> list[str]:
+    return [text for message in messages if message["role"] == "assistant" for text in _texts(message)]
+
+
+def _said(segment: Segment, messages: Sequence[Message]) -> bool:
+    return segment.message is not None and messages[segment.message]["role"] == "assistant"
+
+
+def _mark(number: int) -> str:
+    return f"\ue000{number}\ue001"
+
+
+def _forms(text: str) -> Iterator[str]:
+    """What templates make of a text: many strip it, or an end of it, of all space or of line ends."""
+    for characters in (None, "\n"):
+        yield from (text, text.strip(characters), text.lstrip(characters), text.rstrip(characters))
+
+
+def _frame_thoughts(segments: Sequence[Segment], spans: Sequence[_Span]) -> list[Segment]:
+    """The segments, with the template's text around a thought given to the answer: it is for the assistant to say."""
+    framed = [segments[0]]
+    for number, span in enumerate(spans):
+        said, behind = segments[2 * number + 1], segments[2 * number + 2]
+        if span.thought:
+            before, opening, space = framed.pop().text.rpartition(THINK)
+            opened = Segment(opening + space, span.owner, frame=True) if opening else Segment(space)
+            framed += [Segment(before), opened]
+            behind = replace(behind, message=span.owner, frame=True)
+        framed += [said, behind]
+    return framed
+
+
+def _strip(run: Sequence[Segment], spaces: str) -> list[Segment]:
+    """The run without these spaces of its first segments."""
+    stripped = [*run]
+    while stripped:
+        stripped[0] = replace(stripped[0], text=re.sub(spaces, "", stripped[0].text))
+        if stripped[0].text:
+            break
+        del stripped[0]
+    return stripped

@@ -3,15 +3,15 @@
 What is added is Jinja in front of the template, so that transformers, vLLM and everything here render the same prompt.
 """
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from vlm.errors import UserError, first_line
 
-# For tokenizers that bring no template: chats as LLaVA 1.5 was trained on them (its conv_vicuna_v1), images first,
-# without the fixed system text.
-PLAIN = (
+# Vicuna's turns, images first, each on a line of its own; for tokenizers that bring no template, too.
+VICUNA = (
     "{%- for message in messages -%}"
     "{%- if message.role != 'system' -%}{{- message.role.upper() + ': ' -}}{%- endif -%}"
     "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
@@ -22,6 +22,35 @@ PLAIN = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )
+# LLaVA 1.5's conv_vicuna_v1 (llava/conversation.py); a system text of the conversation takes the fixed one's place.
+VICUNA_V1 = (
+    "{%- if messages[0].role != 'system' -%}"
+    "{{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}"
+    '{{- "The assistant gives helpful, detailed, and polite answers to the user\'s questions. " -}}'
+    "{%- endif -%}" + VICUNA
+)
+# A template that says so may leave out what users and systems write; one that does it unsaid is refused.
+LEAVES_OUT_PROMPTS = "{#- leaves out prompts -#}"
+# LLaVA's pretraining (conv_llava_plain and preprocess_plain): the images, the caption, a line's end; no prompts.
+LLAVA_PLAIN = (
+    LEAVES_OUT_PROMPTS + "{%- for message in messages -%}"
+    "{%- if message.content is string -%}"
+    "{%- if message.role == 'assistant' -%}{{- message.content + '\n' -}}{%- endif -%}"
+    "{%- elif message.role == 'user' -%}"
+    "{%- for part in message.content if part.type == 'image' -%}{{- '<image>' -}}{%- endfor -%}"
+    "{%- elif message.role == 'assistant' -%}"
+    "{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}"
+    "{{- '\n' -}}{%- endif -%}{%- endfor -%}"
+)
+# OpenAI's ChatML as Qwen2.5 and others have it, without a system text of its own; images where they stand.
+CHATML = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+    "{%- for part in message.content -%}{{- part.text if part.type == 'text' else '<image>\n' -}}{%- endfor -%}"
+    "{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+SUPPLIED: dict[str, str] = {"vicuna_v1": VICUNA_V1, "plain": LLAVA_PLAIN, "chatml": CHATML}
 MARK = "\ue000"
 OPEN = (
     "{%- set chat = namespace(messages=[], said=[]) -%}"
@@ -53,6 +82,31 @@ WITH_ENDS = (
     "[dict(message, content=message.content[:-1] + [dict(last, text=last.text + eos_token)])] -%}"
     "{%- endif -%}{%- endfor -%}{%- set messages = chat.messages -%}"
 )
+
+
+def find_template(wanted: str) -> str:
+    """A chat template by the name of a supplied one, by a file of Jinja, or as Jinja itself."""
+    if wanted in SUPPLIED:
+        return SUPPLIED[wanted]
+    if "{{" in wanted or "{%" in wanted:
+        return wanted
+    path = Path(wanted)
+    if path.suffix != ".jinja" and not path.is_file():
+        raise UserError(f"no chat template is called {wanted!r}; known: {', '.join(SUPPLIED)}, a .jinja file, or Jinja")
+    return read_template(path)
+
+
+def read_template(path: Path) -> str:
+    """The text of a chat template's file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def leaves_out_prompts(template: str | None) -> bool:
+    """Whether a template leaves out what users and systems write, and says so."""
+    return template is not None and LEAVES_OUT_PROMPTS in template
 
 
 def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
@@ -109,6 +163,8 @@ def _ends(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 def _rendered(template: str, tokenizer: PreTrainedTokenizerBase, content: Any) -> str | None:
     """None where the text doesn't come out, or comes out as Python would print the parts."""
     chat = [{"role": "user", "content": content}]
+    if leaves_out_prompts(template):
+        chat.append({"role": "assistant", "content": content})
     try:
         said = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
     except Exception:  # templates raise whatever they like: this kind of message isn't theirs

@@ -28,7 +28,7 @@ from vlm.convert.parts import (
 from vlm.convert.sources import read_chat_template
 from vlm.convert.tensors import Floats, Joined, PickledTensors, Renamed, Tensors
 from vlm.errors import UserError
-from vlm.templates import PLAIN, fit_template
+from vlm.templates import VICUNA, fit_template
 from vlm.tokenization import IMAGE_TOKEN, add_image_token, fill_padding_token
 
 # model_type of their config.json -> the language model's
@@ -88,7 +88,7 @@ def read_original(
     if template is None:
         if text_config.model_type != "llama":
             raise UserError(NO_TEMPLATE.format(folder=folder))
-        plain = PLAIN.replace("<image>", IMAGE_TOKEN + _gap(tokenizer))
+        plain = VICUNA.replace("<image>", IMAGE_TOKEN + _gap(tokenizer))
         template = fit_template(plain, tokenizer, IMAGE_TOKEN)
         notes.append(
             "no chat template in it: Vicuna's is used, as LLaVA 1.5 was trained with it (--chat-template FILE)"

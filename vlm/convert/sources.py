@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from vlm.checkpoint import asks_for_code, read_object
 from vlm.errors import UserError, first_line
-from vlm.templates import fit_template
+from vlm.templates import fit_template, read_template
 
 NEEDED_BY_SLOW = ("sentencepiece", "google.protobuf")
 
@@ -60,11 +60,7 @@ def read_chat_template(
     """The chat template, fitted (vlm.templates): of the file that was named, or else the folder's own, or None where it
     has none. UserError for one that renders nothing."""
     if given is not None:
-        try:
-            template = given.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{given}: cannot be read ({error})") from None
-        return _fitted(template, tokenizer, image_token, given)
+        return _fitted(read_template(given), tokenizer, image_token, given)
     own: Any = tokenizer.chat_template
     if (folder / "chat_template.jinja").is_file():
         own = (folder / "chat_template.jinja").read_text(encoding="utf-8")
