@@ -68,7 +68,9 @@ class ChatEncoder:
         # what follows a control token is no beginning: some tokenizers put a space before the first word of all alone
         self._inner = _private({**described, "pre_tokenizer": _never_first(described["pre_tokenizer"])})
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        self._control = dict(sorted(added.items(), key=lambda item: -len(item[0])))
+        self._control = added
+        longest_first = sorted(map(re.escape, filter(None, added)), key=len, reverse=True)
+        self._tokens = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         sides = {(True, False): "left", (False, True): "right", (True, True): "both"}
         self._eaters = {
             index: sides[token.lstrip, token.rstrip]
@@ -200,18 +202,14 @@ class ChatEncoder:
             if segment.message is not None and not segment.frame:
                 run.append(segment)
                 continue
-            text = segment.text
-            while text:
-                hits = [(text.find(token), -len(token), token) for token in self._control if token in text]
-                start, _, token = min(hits) if hits else (len(text), 0, "")
-                if start:
-                    run.append(replace(segment, text=text[:start]))
-                if token:
+            for number, text in enumerate(self._tokens.split(segment.text)):
+                if number % 2:  # what the pattern found stands between what it didn't
                     if run:
                         pieces.append((run, None))
-                    pieces.append(([segment], self._control[token]))
+                    pieces.append(([segment], self._control[text]))
                     run = []
-                text = text[start + len(token) :]
+                elif text:
+                    run.append(replace(segment, text=text))
         return [*pieces, (run, None)] if run else pieces
 
     def _trimmed(self, pieces: list[tuple[list[Segment], int | None]]) -> Iterator[tuple[list[Segment], int | None]]:
