@@ -32,9 +32,10 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of a row as a whole, the supervised ones, and messages that are dropped to make it fit."""
+    """Tokens of a whole row; what is kept of them in the context, the supervised ones of those; messages dropped."""
 
     tokens: int
+    kept: int
     supervised: int
     dropped: int
 
@@ -42,9 +43,9 @@ class Length:
 class TooLongError(UserError):
     """A row of which not even the first turn fits."""
 
-    def __init__(self, message: str, length: Length) -> None:
+    def __init__(self, message: str, tokens: int) -> None:
         super().__init__(message)
-        self.length = length
+        self.tokens = tokens
 
 
 class Reader:
@@ -126,10 +127,11 @@ class Reader:
             return encode_record(record, self.chat, context, "assistant", np.random.default_rng(number), placeholders)
 
         whole = encode(NO_LIMIT)
-        length = Length(len(whole.input_ids), whole.supervised, 0)
-        if length.tokens <= self.context:
-            return length
+        tokens = len(whole.input_ids)
+        if tokens <= self.context:
+            return Length(tokens, tokens, whole.supervised, 0)
         try:
-            return Length(length.tokens, length.supervised, encode(self.context).dropped)
+            kept = encode(self.context)
         except UserError as error:
-            raise TooLongError(str(error), length) from None
+            raise TooLongError(str(error), tokens) from None
+        return Length(tokens, len(kept.input_ids), kept.supervised, kept.dropped)

@@ -22,7 +22,7 @@ HEAD = 4096  # bytes that tell most files of the same size apart
 Numbers = np.ndarray[Any, Any]
 ROW = np.dtype(
     [("good", "?"), ("turns", "<i4"), ("images", "<i4"), ("characters", "<i8"), ("said", "<i8"), ("digest", "<u8"),
-     ("id", "<u8"), ("tokens", "<i8"), ("supervised", "<i8"), ("dropped", "<i4")]
+     ("id", "<u8"), ("tokens", "<i8"), ("kept", "<i8"), ("supervised", "<i8"), ("dropped", "<i4")]
 )  # fmt: skip
 SHOWN = np.dtype([("row", "<i8"), ("place", "<i4"), ("key", "<u8")])
 HEADER = np.dtype([("good", "?"), ("height", "<i4"), ("width", "<i4"), ("bytes", "<i8"), ("digest", "<u8")])
@@ -63,25 +63,22 @@ class Checker:
                 length = self._measure(record, number)
             except UserError as error:
                 bad.append((number, self._reason(error, number)))
-                length = getattr(error, "length", None)
-                known = (length.tokens, length.supervised, 0) if length else (0, 0, 0)
-                told.append((False, 0, 0, 0, 0, 0, self._id(number), *known))
+                told.append((False, 0, 0, 0, 0, 0, self._id(number), getattr(error, "tokens", 0), 0, 0, 0))
                 continue
-            texts = ["".join(part.get("text", "\0") for part in message["content"]) for message in record.messages]
             names = [os.fspath(image) if isinstance(image, Path) else str(image) for image in record.images]
-            same = "\x1e".join([*(message["role"] for message in record.messages), *texts, *names, *record.captions])
-            said = sum(len(t) for m, t in zip(record.messages, texts, strict=True) if m["role"] == "assistant")
+            words, characters, said = _words(record)
+            same = "\x1e".join([*words, *names, *record.captions])
             told.append(
                 (
                     True,
-                    len(texts),
+                    len(record.messages),
                     len(names),
-                    sum(map(len, texts)),
+                    characters,
                     said,
                     _number(same.encode("utf-8", "surrogatepass")),
                     self._id(number),
+                    *((length.tokens, length.kept, length.supervised, length.dropped) if length else (0, 0, 0, 0)),
                 )
-                + ((length.tokens, length.supervised, length.dropped) if length else (0, 0, 0))
             )
             for place, (image, name) in enumerate(zip(record.images, names, strict=True)):
                 places.append((number, place))
@@ -150,6 +147,21 @@ class Checker:
             if isinstance(name, (str, int))
             else 0
         )
+
+
+def _words(record: Record) -> tuple[list[str], int, int]:
+    """What a row says, its characters, and those of them that assistants say."""
+    words: list[str] = []
+    characters = said = 0
+    for message in record.messages:
+        role = message["role"]
+        words.append(role)
+        for part in message["content"]:
+            text = part.get("text", "")
+            words.append(text or part["type"])
+            characters += len(text)
+            said += len(text) if role == "assistant" else 0
+    return words, characters, said
 
 
 def _digest(data: bytes) -> bytes:

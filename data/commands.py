@@ -2,11 +2,24 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm.arguments import natural, positive, share
+
+if TYPE_CHECKING:
+    from data.check_model import ModelSpec
 
 
 def data(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "examples:\n  vlm data scenes --out runs/scenes --train 2000\n"
+    parser.epilog = (
+        "examples:\n"
+        "  vlm data check rows.jsonl --images photos --model runs/demo/model --report check.html\n"
+        "  vlm data show rows.jsonl 17 --model runs/demo/model\n"
+        "  vlm data scenes --out runs/scenes --train 2000\n"
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_check(actions.add_parser("check", help="look for what is wrong with rows and images, before a run"))
+    _add_show(actions.add_parser("show", help="print a row as a model sees it"))
     scenes = actions.add_parser(
         "scenes", help="draw the synthetic scenes of the demo: PNG and JSONL, like anybody's data"
     )
@@ -16,6 +29,94 @@ def data(parser: argparse.ArgumentParser) -> None:
     scenes.add_argument("--lessons", type=int, default=5600, help="scenes of lessons.jsonl (default 5600)")
     scenes.add_argument("--seed", type=int, default=0)
     scenes.set_defaults(run=_scenes)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("--max-bad", type=share, default=0.0, metavar="SHARE", help="0.01 or 1%%; above it: exit 1")
+    parser.add_argument("--decode-all", action="store_true", help="decode all images, not only some")
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="FILE", help="data to be kept apart from this, for evaluation, say"
+    )
+    parser.add_argument("--against-images", type=Path, metavar="DIR", help="its images (default: as for a SOURCE)")
+    parser.add_argument(
+        "--context", type=positive, metavar="N", help="tokens that a row may have (default: the model's)"
+    )
+    parser.add_argument("--workers", type=natural, metavar="N", help="processes (default: as the work asks for)")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page, too")
+    parser.add_argument(
+        "--json", action="store_true", help="print all figures and broken rows as JSON, and nothing else"
+    )
+    parser.set_defaults(run=_check)
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
+    parser.add_argument("number", type=natural, metavar="N", help="which row, from 0 on")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write the pictures there, as the model sees them")
+    parser.add_argument("--draw", action="store_true", help="draw pictures even where the output is no terminal")
+    parser.set_defaults(run=_show)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a file or folder of rows, or a data set of the hub")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image paths are relative to")
+    parser.add_argument("--format", help="what the rows are, where that isn't found rightly")
+    parser.add_argument("--model", help="a model, or a language model that is to become one")
+    parser.add_argument(
+        "--image-tokens",
+        type=positive,
+        default=576,
+        metavar="N",
+        help="of an image, for a language model (default 576)",
+    )
+
+
+def _check(options: argparse.Namespace) -> int:
+    import json
+    import sys
+
+    from data.check import check_source
+    from data.sources import open_source
+
+    source = open_source(options.source, options.images, options.format)
+    against = [open_source(path, options.against_images) for path in options.against]
+    findings = check_source(source, _spec(options, options.context), options.decode_all, against, options.workers)
+    if options.report is not None:
+        from data.check_page import write_page
+
+        write_page(findings, options.report)
+    if options.json:
+        from data.check_figures import as_json
+
+        json.dump(as_json(findings), sys.stdout)
+        print()
+    else:
+        from rich.console import Console
+
+        from data.check_report import print_report
+
+        print_report(findings, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+        if options.report is not None:
+            print(f"written: {options.report}")
+    return int(findings.bad_share > options.max_bad)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from data.show import show_row
+    from data.sources import open_source
+
+    source = open_source(options.source, options.images, options.format)
+    show_row(source, options.number, _spec(options), options.save, options.draw)
+    return 0
+
+
+def _spec(options: argparse.Namespace, context: int | None = None) -> "ModelSpec | None":
+    if options.model is None:
+        return None
+    from data.check_model import ModelSpec
+
+    return ModelSpec(options.model, context, options.image_tokens)
 
 
 def _scenes(options: argparse.Namespace) -> int:

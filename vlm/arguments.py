@@ -11,6 +11,14 @@ def natural(text: str) -> int:
     return _at_least(0, text)
 
 
+def share(text: str) -> float:
+    """A part of a whole: 0.005 or 0.5%."""
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1 (or 0% and 100%), got {text}")
+    return value
+
+
 def _at_least(least: int, text: str) -> int:
     value = int(text)
     if value < least:
