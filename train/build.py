@@ -32,7 +32,7 @@ from vlm.hub import PICKLES, SETTINGS, fetch
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor, make_processor
 from vlm.settings import plain
-from vlm.templates import VICUNA, fit_template
+from vlm.templates import VICUNA, find_template, fit_template
 from vlm.tiling import ImageTokens
 from vlm.tokenization import IMAGE_TOKEN, add_image_token, fill_padding_token, train_tokenizer
 
@@ -55,10 +55,14 @@ def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
             tokenizer = read_tokenizer(fetch(pretrained, *SETTINGS))
             add_image_token(tokenizer)
             fill_padding_token(tokenizer)
-            tokenizer.chat_template = fit_template(tokenizer.chat_template or VICUNA, tokenizer, IMAGE_TOKEN)
+            if recipe.model.chat_template is None:
+                tokenizer.chat_template = fit_template(tokenizer.chat_template or VICUNA, tokenizer, IMAGE_TOKEN)
         else:
             context = (recipe.model.language.config or {}).get("max_position_embeddings", 2048)
             tokenizer = train_tokenizer(_texts(recipe), recipe.model.tokenizer_vocab, context)
+        if recipe.model.chat_template is not None:
+            template = find_template(recipe.model.chat_template)
+            tokenizer.chat_template = fit_template(template, tokenizer, IMAGE_TOKEN)
         tokenizer.save_pretrained(run.tokenizer)
     loaded = read_tokenizer(run.tokenizer)
     towers = {"model.language.config": recipe.model.language.config, "model.text_tower": recipe.model.text_tower}

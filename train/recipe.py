@@ -56,7 +56,8 @@ class Model:
 
     text_tower: CLIPTextConfig fields of contrastive stages; vision_position_std: deviation of a new encoder's
     positions, large where places matter, .02 where only shapes do; tokenizer_vocab: size of the byte-level tokenizer
-    that is made from the recipe's texts when the LM brings none; second_vision: an encoder whose features join the
+    that is made from the recipe's texts when the LM brings none; chat_template: vicuna_v1, plain, chatml, a .jinja file
+    or Jinja itself, in place of the LM's own; second_vision: an encoder whose features join the
     first's; image, second_image: settings of their image processors.
     """
 
@@ -67,6 +68,7 @@ class Model:
     projection_dim: Count = 128
     vision_position_std: Positive = POSITION_STD
     tokenizer_vocab: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] = 512
+    chat_template: str | None = None
     second_vision: Backbone | None = None
     fusion: Literal["early", "deep"] = "early"
     connector: Connector = field(default_factory=Connector)

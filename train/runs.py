@@ -12,6 +12,7 @@ from data.bad import Bad
 from train.recipe import Recipe
 from vlm.errors import UserError
 from vlm.settings import dump, parse, read_yaml
+from vlm.templates import SUPPLIED, find_template
 
 # settings that a run may go on with changed: they decide nothing about what is learned
 NO_MATTER = ("max_bad", "workers", "image_cache_mb", "checkpoint_every", "keep_checkpoints")
@@ -130,10 +131,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def resolved(recipe: Recipe, held: Recipe | None, threads: int) -> Recipe:
-    """The recipe as a run stores it: absolute data folder, and the thread count that its figures depend on, which is
-    the stored one where the recipe names none."""
+    """The recipe as a run stores it: absolute data folder, the text of the chat template, and the thread count that its
+    figures depend on, which is the stored one where the recipe names none."""
     threads = recipe.threads or (held.threads if held else None) or threads
-    return replace(recipe, data_root=str(Path(recipe.data_root).resolve()), threads=threads)
+    model = recipe.model
+    if model.chat_template is not None and model.chat_template not in SUPPLIED:
+        model = replace(model, chat_template=find_template(model.chat_template))
+    return replace(recipe, model=model, data_root=str(Path(recipe.data_root).resolve()), threads=threads)
 
 
 def _same_result(held: Recipe, recipe: Recipe) -> bool:

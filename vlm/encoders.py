@@ -7,6 +7,7 @@ from transformers import (
     BaseImageProcessor,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
+    LlavaImageProcessorPil,
     PreTrainedConfig,
     SiglipImageProcessorPil,
 )
@@ -22,6 +23,7 @@ IMAGE_PROCESSORS: dict[str, type[Any]] = {
     "dinov2": BitImageProcessorPil,
     "dinov2_with_registers": BitImageProcessorPil,
 }
+FITS = ("crop", "stretch", "pad")
 
 
 def check_encoder(config: PreTrainedConfig) -> str:
@@ -36,9 +38,15 @@ def check_encoder(config: PreTrainedConfig) -> str:
 def make_image_processor(config: PreTrainedConfig, settings: Mapping[str, Any]) -> BaseImageProcessor:
     """The preprocessing that the encoder was made for, with `settings` in place of its own.
 
-    ValueError for an encoder of an unknown kind, and for a setting that would be ignored.
+    Beside the settings of the processor's class there is `fit`, how a picture becomes a square: `crop` keeps its
+    middle, `stretch` squeezes it, `pad` surrounds it with the mean colour (as LLaVA 1.5). ValueError for an encoder of
+    an unknown kind, and for a setting that would be ignored.
     """
     kind = check_encoder(config)
+    settings = dict(settings)
+    fit = settings.pop("fit", None)
+    if fit not in (None, *FITS):
+        raise ValueError(f"fit {fit!r} is unknown; {nearest(str(fit), FITS)}")
     known = get_type_hints(IMAGE_PROCESSORS[kind].valid_kwargs)
     for name in settings:
         if name not in known:
@@ -50,12 +58,20 @@ def make_image_processor(config: PreTrainedConfig, settings: Mapping[str, Any]) 
     if kind.startswith("dinov2"):
         own |= IMAGENET
     made: BaseImageProcessor = IMAGE_PROCESSORS[kind](**{**own, **settings})
-    return made
+    if fit is None:
+        return made
+    keeps_shape = {"size": {"shortest_edge": edge}, "crop_size": square, "do_center_crop": True}
+    shape = {"size": square, "do_center_crop": False} if fit == "stretch" else keeps_shape
+    if fit != "pad":
+        return type(made)(**{**own, **settings, **shape})
+    kept = {name: getattr(made, name) for name in ("image_mean", "image_std", "resample", "rescale_factor")}
+    return LlavaImageProcessorPil(**{**kept, **settings, **shape, "do_pad": True})
 
 
 def restore_image_processor(settings: Mapping[str, Any]) -> BaseImageProcessor:
     """An image processor from what its `to_dict` gave."""
-    classes = {kind.__name__.removesuffix("Pil"): kind for kind in IMAGE_PROCESSORS.values()}
+    known = (*IMAGE_PROCESSORS.values(), LlavaImageProcessorPil)
+    classes = {kind.__name__.removesuffix("Pil"): kind for kind in known}
     name = str(settings.get("image_processor_type")).removesuffix("Pil")
     if name not in classes:
         raise ValueError(f"an image processor of the kind {name!r}; there are {', '.join(classes)}")

@@ -18,6 +18,7 @@ from vlm.tiling import ImageTokens, shorten
 from vlm.tokenization import IMAGE_TOKEN
 
 MAX_ASPECT = 50
+LONGEST_PADDED = 8192  # of an image that is padded to a square: memory grows with the square of its longer edge
 HUB_SETTINGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "trust_remote_code")
 
 
@@ -72,7 +73,7 @@ class VisionLanguageProcessor(ProcessorMixin):
     @property
     def shorter_edge(self) -> int | None:
         """Pixels of an image's shorter edge that are kept; None where that depends on the image."""
-        whole = self.image_tokens.mode == "none"
+        whole = self.image_tokens.mode == "none" and not getattr(self.image_processor, "do_pad", False)
         return getattr(self.image_processor.size, "shortest_edge", None) if whole else None
 
     def placeholders(self, images: Sequence[Image.Image]) -> list[int]:
@@ -129,7 +130,9 @@ def make_processor(
 
 def _preprocess(views: Sequence[Image.Image], processor: Any) -> torch.Tensor:
     """[V, 3, H, W]"""
-    if getattr(processor.size, "shortest_edge", None) and getattr(processor, "do_center_crop", False):
+    if getattr(processor, "do_pad", False):
+        views = [view.reduce(-(-max(view.size) // LONGEST_PADDED)) for view in views]
+    elif getattr(processor.size, "shortest_edge", None) and getattr(processor, "do_center_crop", False):
         views = [_middle(view) for view in views]
     else:
         views = [shorten(view) for view in views]

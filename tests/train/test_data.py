@@ -217,3 +217,30 @@ def test_two_processes_learn_what_one_does(scenes: Path, tmp_path: Path, mode: s
     if mode == "none":
         for first, second in zip(entries(one)[:3], entries(two)[:3], strict=True):
             assert first["loss"] == pytest.approx(second["loss"], rel=0.3)
+
+
+@pytest.mark.parametrize("wanted", ["vicuna_v1", "plain", "chatml", "file", "{{ bos_token }}"])
+def test_a_recipe_may_bring_its_own_chat_template(scenes: Path, tmp_path: Path, wanted: str) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}"
+        "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
+    )
+    settings = chat_recipe(scenes, steps=1)
+    settings["model"]["chat_template"] = str(template) if wanted == "file" else wanted
+    path = write_recipe(tmp_path / "r.yaml", settings)
+    if wanted.startswith("{"):
+        with pytest.raises(UserError, match="can't render a message of a user"):
+            run_training(load_recipe(path), tmp_path / "run")
+        return
+    run = run_training(load_recipe(path), tmp_path / "run")
+    template.unlink()  # the run's folder has all of it
+    assert run_training(load_recipe(run.recipe_file), tmp_path / "again").finished
+    _, processor = load(run.model)
+    chat = [
+        {"role": "user", "content": "what?"},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cube"}]},
+    ]
+    said = processor.tokenizer.decode(processor.chat.encode(chat).input_ids)
+    marks = {"vicuna_v1": "USER: what? ASSISTANT: a cube", "chatml": "<|im_start|>user\nwhat?", "file": "[user]what?"}
+    assert marks.get(wanted, "a cube") in said

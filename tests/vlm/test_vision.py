@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModel,
     BitImageProcessorPil,
@@ -88,6 +89,39 @@ def test_pictures_are_prepared_as_the_encoder_was_trained(encoder: str) -> None:
     assert not np.array_equal(brighter([photo], return_tensors="np")["pixel_values"], expected)
     with pytest.raises(ValueError, match="'image_mea' is unknown; did you mean 'image_mean'"):
         make_image_processor(config, {"image_mea": 0})
+
+
+def squared(photo: Image.Image, fit: str, fill: tuple[int, ...], filter: int) -> Image.Image:
+    """What each fit must make of a picture, with Pillow alone."""
+    width, height = photo.size
+    if fit == "stretch":
+        return photo.resize((32, 32), filter)
+    if fit == "pad":
+        whole = Image.new("RGB", (max(width, height),) * 2, fill)
+        whole.paste(photo, ((max(width, height) - width) // 2, (max(width, height) - height) // 2))
+        return whole.resize((32, 32), filter)
+    scale = 32 / min(width, height)
+    scaled = photo.resize((int(width * scale), int(height * scale)), filter)
+    left, top = (scaled.width - 32) // 2, (scaled.height - 32) // 2
+    return scaled.crop((left, top, left + 32, top + 32))
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch", "pad"])
+@pytest.mark.parametrize("encoder", OWN)
+def test_a_picture_fits_into_its_square_as_the_settings_say(encoder: str, fit: str) -> None:
+    config: Any = VisionLanguageConfig(vision_config={"model_type": encoder, **ENCODERS[encoder][0]}).vision_config
+    theirs: Any = OWN[encoder]
+    ours: Any = make_image_processor(config, {"fit": fit})
+    for photo in (picture(3, 64, 48), picture(4, 33, 90), picture(5, 32, 32)):
+        fill = tuple(int(value * 255) for value in theirs.image_mean)
+        square = np.asarray(squared(photo, fit, fill, theirs.resample), dtype=np.float32) / 255
+        expected = ((square - theirs.image_mean) / theirs.image_std).transpose(2, 0, 1)
+        made = ours([photo], return_tensors="np")["pixel_values"][0]
+        np.testing.assert_allclose(made, expected, atol=1e-5)
+        again: Any = restore_image_processor(ours.to_dict())
+        assert np.array_equal(again([photo], return_tensors="np")["pixel_values"][0], made)
+    with pytest.raises(ValueError, match="fit 'pat' is unknown; did you mean 'pad'"):
+        make_image_processor(config, {"fit": "pat"})
 
 
 IN_A_ROW = """
