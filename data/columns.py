@@ -27,9 +27,9 @@ class Columns(Source):
         split: str = "",
     ) -> None:
         """files: Parquet or Arrow files, or one folder of `save_to_disk`; none for an id of the hub."""
+        self._data = _load(path, files, split).with_format("arrow")
         super().__init__(path, images or _image_folder(path, files), row_format)
         self.files, self.split, self.format = files, split, "hf"
-        self._data = _load(path, files, split).with_format("arrow")
         if not len(self):
             raise UserError(f"{path}: no rows in it")
 

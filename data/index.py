@@ -51,7 +51,7 @@ def _build(path: Path, file: BinaryIO, size: int, build: Callable[[BinaryIO, Tel
 def _read(slot: Path, key: bytes) -> Arrays | None:
     """The arrays of a slot, or None: not there, of another state of the file, or damaged (zip checks its sums)."""
     try:
-        with np.load(slot, allow_pickle=False) as arrays:
+        with slot.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if arrays["key"].tobytes() != key:
                 return None
             return {name: arrays[name] for name in arrays.files if name != "key"}

@@ -193,9 +193,7 @@ def index_arrays(path: Path, wanted: dict[str, tuple[str, ...]]) -> Arrays:
             found.update({f"{name}.{key}": np.array(values, np.int64) for key, values in ids.items()})
         scanner.end()
         if missing := [name for name in wanted if f"{name}.starts" not in found]:
-            raise UserError(
-                f"{path}: not the file that is needed: an object with a list {', '.join(map(repr, missing))}"
-            )
+            raise UserError(f"{path}: not the file that is needed: it has no list {', '.join(map(repr, missing))}")
         return found
 
     return indexed(f"arrays {sorted(wanted.items())}", path, build)

@@ -1,10 +1,15 @@
 """Where a row's image is: a file of its own, a stretch of another file (a tar), or bytes that came with the row."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from PIL import Image
+from PIL.ContainerIO import ContainerIO
 
+from vlm.errors import UserError
 from vlm.images import decode_image, decode_size, read_image, read_size
 
 
@@ -21,9 +26,16 @@ class ImageSlice:
         return f"{self.file}/{self.name}"
 
     def read(self) -> bytes:
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        with self.open() as file:
+            return file.read()
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        try:
+            with self.file.open("rb") as file:
+                yield cast(BinaryIO, ContainerIO(file, self.offset, self.size))
+        except OSError as error:
+            raise UserError(f"{self}: cannot be read ({error.strerror})") from None
 
 
 @dataclass(frozen=True)
@@ -50,4 +62,9 @@ def load_image(image: ImageRef) -> Image.Image:
 
 def image_size(image: ImageRef) -> tuple[int, int]:
     """(height, width) that `load_image` will give, from the header."""
-    return read_size(image) if isinstance(image, Path) else decode_size(image.read(), str(image))
+    if isinstance(image, Path):
+        return read_size(image)
+    if isinstance(image, ImageBytes):
+        return decode_size(image.data, str(image))
+    with image.open() as file:
+        return decode_size(file, str(image))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -22,13 +23,21 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the image that `read_image` gives, from the file's header."""
-    return decode_size(_read(path), str(path))
+    """(height, width) of the image that `read_image` gives, from the file's header; no more of it is read."""
+    with _opened(path) as file:
+        return decode_size(file, str(path))
 
 
 def _read(path: Path) -> bytes:
+    with _opened(path) as file:
+        return file.read()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except IsADirectoryError:
@@ -43,24 +52,45 @@ def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS)
     The size is checked on the header, before any pixel is decoded. Raises UserError beginning with `name`.
     """
     with _explained(name):
-        image = _open(data, name, max_pixels)
+        image = _open(io.BytesIO(data), name, max_pixels)
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
 
 
-def decode_size(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of the image that `decode_image` gives, from its header."""
+def decode_size(data: bytes | BinaryIO, name: str = "image", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of the image that `decode_image` gives, from its header: of a file, little is read."""
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
     with _explained(name):
-        image = _open(data, name, max_pixels)
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        image = _open(file, name, max_pixels)
+        # Pillow decodes a PNG for what may stand behind its pixels, which is seldom there
+        early = image.format == "PNG" and not _tells_late(file)
+        exif = Image.Image.getexif(image) if early else image.getexif()
+        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         turned &= image.format != "TIFF"  # of which Pillow gives the size as it will be
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    if not data:
+def _tells_late(file: BinaryIO) -> bool:
+    """Whether a PNG may name its orientation behind its pixels; so may one of too many chunks to look at."""
+    place, pixels = 8, False
+    for _ in range(10_000):
+        file.seek(place)
+        head = file.read(8)
+        kind = head[4:]
+        if len(head) < 8 or kind == b"IEND":
+            return False
+        pixels |= kind == b"IDAT"
+        if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        place += 12 + int.from_bytes(head[:4], "big")
+    return True
+
+
+def _open(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    if not file.read(1):
         raise UserError(f"{name}: empty, not an image")
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    file.seek(0)
+    image = Image.open(file, formats=FORMATS)
     width, height = image.size
     if width < 1 or height < 1:
         raise UserError(f"{name}: an image of {width} x {height} pixels")

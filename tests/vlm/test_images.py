@@ -160,6 +160,25 @@ def test_an_orientation_behind_the_pixels_is_found() -> None:
     assert decode_size(moved) == (70, 50)
 
 
+class Counting(io.BytesIO):
+    """A file that knows how much of it was read."""
+
+    taken = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(size)
+        self.taken += len(found)
+        return found
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "GIF"])
+def test_of_a_large_file_only_the_header_is_read_for_the_size(kind: str) -> None:
+    data = encoded(Image.fromarray(RNG.integers(0, 256, (400, 300, 3), dtype=np.uint8)), kind)
+    file = Counting(data)
+    assert decode_size(file) == (400, 300)
+    assert file.taken < 10_000 < len(data) / 5
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
