@@ -42,7 +42,7 @@ class Lengths:
     packed_into: int
 
 
-def histogram(title: str, values: Numbers, most: int = 20) -> Histogram:
+def histogram(title: str, values: Numbers, most: int) -> Histogram:
     """At most `most` bars; where values differ much, each bar is wider than the one before by the same factor."""
     values = np.asarray(values, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
@@ -72,29 +72,28 @@ def kinds(bad: Sequence[BadRow]) -> dict[str, list[BadRow]]:
 
 def kind(reason: str) -> str:
     """A reason without the names and numbers that differ from row to row."""
-    reason = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "…", reason)
+    reason = re.sub(r"(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", "…", reason)
     reason = re.sub(r"(?<![\w.])[^\s:]*/[^:]*(?=: )", "…", reason, count=1)
     return re.sub(r"\d[\d,]*", "N", reason)
 
 
-def histograms(findings: Findings) -> list[Histogram]:
+def histograms(findings: Findings, most: int = 20) -> list[Histogram]:
+    """What there is to draw, in `most` bars at most."""
     table = findings.table
     good = table.rows[table.rows["good"]]
-    found = []
+    values: dict[str, Numbers] = {}
     if len(good):
-        found += [
-            histogram("messages per row", good["turns"]),
-            histogram("images per row", good["images"]),
-            histogram("characters per row", good["characters"]),
-        ]
-    if findings.model is not None and len(good):
-        found.append(histogram("tokens per row", table.rows["tokens"][table.rows["tokens"] > 0]))
-        found.append(histogram("supervised tokens per row", good["supervised"]))
+        values["messages per row"] = good["turns"]
+        values["images per row"] = good["images"]
+        values["characters per row"] = good["characters"]
+    if len(good) and findings.model is not None:
+        values["tokens per row"] = table.rows["tokens"][table.rows["tokens"] > 0]
+        values["supervised tokens per row"] = good["supervised"]
     images = table.headers[table.headers["good"]]
     if len(images):
-        found.append(histogram("pixels of the shorter edge", np.minimum(images["height"], images["width"])))
-        found.append(histogram("width / height", images["width"] / images["height"]))
-    return found
+        values["pixels of the shorter edge"] = np.minimum(images["height"], images["width"])
+        values["width / height"] = images["width"] / images["height"]
+    return [histogram(title, numbers, most) for title, numbers in values.items()]
 
 
 def lengths(findings: Findings) -> Lengths | None:

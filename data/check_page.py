@@ -18,7 +18,7 @@ from vlm.errors import UserError
 MOST_ROWS = 200  # of each kind
 MOST_PICTURES = 40
 THUMBNAIL = 160
-WIDTH, HEIGHT, MARGIN = 420, 150, 34
+WIDTH, HEIGHT, MARGIN, WIDEST = 420, 150, 34, 60
 _pages = jinja2.Environment(
     loader=jinja2.PackageLoader("data", "pages"),
     autoescape=True,
@@ -64,7 +64,7 @@ def write_page(findings: Findings, path: Path) -> None:
 
 def draw(bars: Histogram) -> str:
     """SVG of a histogram: a bar for each count, the edges below."""
-    highest, width = max(bars.counts), WIDTH / len(bars.counts)
+    highest, width = max(bars.counts), min(WIDEST, WIDTH / len(bars.counts))
     drawn = []
     for place, count in enumerate(bars.counts):
         height = (HEIGHT - MARGIN) * count / highest

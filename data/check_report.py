@@ -6,7 +6,7 @@ from data.check import Findings
 from data.check_figures import Histogram, histograms, kinds, lengths, longest, said_share
 
 MOST_KINDS, MOST_ROWS, MOST_LONGEST = 12, 3, 5
-BAR = 24
+BAR, MOST_BARS = 24, 10
 
 
 def print_report(findings: Findings, console: Any) -> None:
@@ -35,7 +35,7 @@ def print_report(findings: Findings, console: Any) -> None:
         console.print(broken)
         if len(found) > MOST_KINDS:
             console.print(f"and {len(found) - MOST_KINDS} more kinds")
-    for bars in histograms(findings):
+    for bars in histograms(findings, MOST_BARS):
         console.print()
         _print_bars(bars, console)
     if good:
@@ -82,24 +82,24 @@ def warnings(findings: Findings) -> list[str]:
         "same_images": [image.name for image in next(iter(findings.same_images), [])],
     }
     said = {
-        "same_rows": "rows repeat an earlier one word for word",
-        "same_ids": "rows have the id of an earlier one",
-        "same_images": "image files have the bytes of another",
+        "same_rows": "rows that repeat an earlier one word for word",
+        "same_ids": "rows with the id of an earlier one",
+        "same_images": "image files with the bytes of another",
     }
     for name, words in said.items():
         if counts.get(name):
-            found.append(f"{counts[name]:,} {words}: {' = '.join(examples[name][:2])}")
+            found.append(f"{words}: {counts[name]:,} ({' = '.join(examples[name][:2])})")
     for other in findings.compared:
         if other.bad:
-            found.append(f"{other.path}: {other.bad:,} of its {other.rows:,} rows are broken")
+            found.append(f"broken rows in {other.path}: {other.bad:,} of {other.rows:,}")
         if other.same_rows:
             ours, theirs = other.row_pairs[0]
-            found.append(f"{other.same_rows:,} rows are in {other.path}, too: {ours} = {theirs}")
+            found.append(f"rows that are in {other.path}, too: {other.same_rows:,} ({ours} = {theirs})")
         if other.alike:
             pair = other.image_pairs[0]
             found.append(
-                f"{other.alike:,} images of {other.path} look like images of the source: {pair.ours.where} "
-                f"({pair.ours.name}) and {pair.theirs.where} ({pair.theirs.name})"
+                f"images of {other.path} that look like some of the source: {other.alike:,} "
+                f"({pair.ours.name} in {pair.ours.where}, {pair.theirs.name} in {pair.theirs.where})"
             )
     return found
 
@@ -108,6 +108,8 @@ def _print_bars(bars: Histogram, console: Any) -> None:
     console.print(
         f"[bold]{bars.title}[/]: median {number(bars.median)}, mean {number(bars.mean)}, most {number(bars.largest)}"
     )
+    if len(bars.counts) < 2:
+        return
     highest = max(bars.counts)
     for start, count in zip(bars.edges, bars.counts, strict=False):
         if count:

@@ -30,18 +30,23 @@ def show_row(source: Source, number: int, spec: "ModelSpec | None", save: Path |
     save: a folder for the pictures as the model's encoder gets them. UserError with the reason for a broken row.
     """
     from rich.console import Console
+    from rich.text import Text
 
     if not number < len(source):
         raise UserError(f"{source.path}: has rows 0 to {len(source) - 1}, and no row {number}")
     record = source[number]
-    pictures = [load_image(image) for image in record.images]
+    try:
+        pictures = [load_image(image) for image in record.images]
+    except UserError as error:
+        raise UserError(f"{record.where}: {error}") from None
     reader = None
     if spec is not None:
         from data.check_model import Reader
 
         reader = Reader(spec)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{record.where}[/], {source.format}", markup=True)
+    drawn: dict[str, Any] = {"force_terminal": True, "color_system": "truecolor"} if draw else {}
+    console = Console(highlight=False, soft_wrap=True, **drawn)
+    console.print(Text.assemble((record.where, "bold"), f", {source.format}"))
     for name, picture in zip(record.images, pictures, strict=True):
         console.print(f"{name}: {picture.width} x {picture.height}", style="dim", markup=False)
     console.print(_tokens(record, reader) if reader is not None else _texts(record))
@@ -89,17 +94,18 @@ def _tokens(record: Record, reader: "Reader") -> "Text":
     if length.dropped:
         said.append(f"; the last {length.dropped} messages don't fit the context of {reader.context}", "yellow")
     said.append("\n")
-    pairs = zip(tokens.input_ids, tokens.supervised, strict=True)
-    for (kind, on), run in groupby(pairs, lambda pair: (control.get(pair[0]), pair[1])):
-        ids = [token for token, _ in run]
+    triples = zip(tokens.input_ids, tokens.supervised, tokens.messages, strict=True)
+    for (kind, on, speaker), run in groupby(triples, lambda triple: (control.get(triple[0]), *triple[1:])):
+        ids = [token for token, *_ in run]
         underlined = f" {SUPERVISED}" if on else ""
         if kind == chat.image_token:
-            said.append(f"{kind} x {len(ids)}" if len(ids) > 1 else kind, IMAGE)
+            said.append(f"[{kind} x {len(ids)}]", IMAGE)
         elif kind is not None:
-            said.append(f"{kind}" * len(ids), CONTROL + underlined)
+            said.append(kind * len(ids), CONTROL + underlined)
         else:
             words = chat.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            said.append(printable(words), (STYLES["assistant"] if on else STYLES["user"]) + underlined)
+            style = CONTROL if speaker is None else STYLES[record.messages[speaker]["role"]]
+            said.append(printable(words), style + underlined)
     return said
 
 

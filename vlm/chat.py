@@ -25,10 +25,12 @@ _SPACE = r"[^\S\x1c-\x1f]*"
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """input_ids [T]; supervised [T], True on what the assistant must say, end of turn included."""
+    """input_ids [T]; supervised [T], True on what the assistant must say, end of turn included; messages [T], whose
+    words a token is of, or the end of whose turn: the number of the message, None for the rest of the template."""
 
     input_ids: list[int]
     supervised: list[bool]
+    messages: list[int | None]
 
 
 @dataclass(frozen=True)
@@ -152,35 +154,34 @@ class ChatEncoder:
         self, segments: Sequence[Segment], messages: Sequence[Message], placeholders: Sequence[int] = ()
     ) -> ChatTokens:
         ids: list[int] = []
-        supervised: list[bool] = []
+        owners: list[int | None] = []
         num_images = 0
-        answering = False  # the turn of an assistant is open: its text was said, its end mark not yet
+        speaking: int | None = None  # the message of which the text was said, and the end of its turn not yet
         for piece, control in self._trimmed(self._pieces(segments)):
             if control is not None:
                 if control == self.image_token_id:
                     count = placeholders[num_images] if num_images < len(placeholders) else 0
                     num_images += 1
                     ids += [control] * count
-                    supervised += [False] * count
+                    owners += [None] * count
                 else:
                     ids.append(control)
-                    supervised.append(answering or (piece[0].frame and _said(piece[0], messages)))
-                answering = False
+                    owners.append(piece[0].message if piece[0].frame else speaking)
+                speaking = None
                 continue
             encoding = self._encode("".join(segment.text for segment in piece), inner=bool(ids))
-            ends: list[tuple[int, bool]] = []
+            ends: list[tuple[int, int | None]] = []
             length = 0
             for segment in piece:
                 length += len(segment.text)
-                said = _said(segment, messages)
-                ends.append((length, said))
-                if segment.message is not None:
-                    answering = said
+                ends.append((length, segment.message))
+                speaking = speaking if segment.message is None else segment.message
             ids += encoding.ids
-            supervised += [next(said for end, said in ends if stop <= end) for _, stop in encoding.offsets]
+            owners += [next(message for end, message in ends if stop <= end) for _, stop in encoding.offsets]
         if num_images != len(placeholders):
             raise UserError(f"the chat template shows {num_images} images, and there are {len(placeholders)}")
-        return ChatTokens(ids, supervised)
+        supervised = [owner is not None and messages[owner]["role"] == "assistant" for owner in owners]
+        return ChatTokens(ids, supervised, owners)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; control tokens in it are text."""
@@ -274,10 +275,6 @@ def _with_texts(message: Message, texts: list[str]) -> Message:
 
 def _answers(messages: Sequence[Message]) -> list[str]:
     return [text for message in messages if message["role"] == "assistant" for text in _texts(message)]
-
-
-def _said(segment: Segment, messages: Sequence[Message]) -> bool:
-    return segment.message is not None and messages[segment.message]["role"] == "assistant"
 
 
 def _mark(number: int) -> str:
