@@ -55,7 +55,7 @@ def histogram(title: str, values: Numbers, most: int) -> Histogram:
         edges = np.linspace(low, high, most + 1)
     if whole:
         edges = np.unique(np.ceil(edges))
-    if len(edges) < 2:
+    if low == high:
         edges = np.array([low, low + 1])
     edges[-1] = max(edges[-1], high)
     counts, edges = np.histogram(values, edges)

@@ -9,6 +9,8 @@ from vlm.arguments import natural, positive, share
 if TYPE_CHECKING:
     from data.check_model import ModelSpec
 
+WIDE = 1000  # columns where no terminal has fewer: a file's line isn't broken
+
 
 def data(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
@@ -96,7 +98,7 @@ def _check(options: argparse.Namespace) -> int:
 
         from data.check_report import print_report
 
-        print_report(findings, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+        print_report(findings, Console(highlight=False, width=None if sys.stdout.isatty() else WIDE))
         if options.report is not None:
             print(f"written: {options.report}")
     return int(findings.bad_share > options.max_bad)

@@ -198,7 +198,10 @@ def test_the_wheel_holds_code_pages_and_configs(tmp_path: Path) -> None:
     assert {f"vlm_configs/{path.relative_to(ROOT / 'configs')}" for path in config_files()} <= held
     pages = {str(p.relative_to(ROOT)) for p in (ROOT / "serve" / "page").rglob("*") if p.is_file()}
     templates = {
-        str(p.relative_to(ROOT)) for s in ("html", "css", "js", "jinja") for p in (ROOT / "train").rglob(f"*.{s}")
+        str(p.relative_to(ROOT))
+        for s in ("html", "css", "js", "jinja")
+        for package in ("train", "data")
+        for p in (ROOT / package).rglob(f"*.{s}")
     }
     assert pages | templates <= held
     assert not any(name.startswith(("tests/", "configs/")) for name in held)
