@@ -1,5 +1,6 @@
 """Data sets of Hugging Face's `datasets`: Parquet, Arrow, folders that it saved, and ids of its hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ class Columns(Source):
         split: str = "",
     ) -> None:
         """files: Parquet or Arrow files, or one folder of `save_to_disk`; none for an id of the hub."""
-        self._data = _load(path, files, split).with_format("arrow")
-        super().__init__(path, images or _image_folder(path, files), row_format)
+        self._data = open_columns(path, files, split)
+        super().__init__(path, images or image_folder_of(path, files), row_format)
         self.files, self.split, self.format = files, split, "hf"
         if not len(self):
             raise UserError(f"{path}: no rows in it")
@@ -53,10 +54,11 @@ class Columns(Source):
 
     def __getitem__(self, index: int) -> Record:
         where = self.where(index)
-        return read_row(_unfold(self.row(index), where), where, self.images, self.row_format)
+        return read_row(unfold(self.row(index), where), where, self.images, self.row_format)
 
 
-def _image_folder(path: Path, files: list[Path]) -> Path:
+def image_folder_of(path: Path, files: Sequence[Path]) -> Path:
+    """The folder that paths of pictures are relative to."""
     if path.exists():
         return image_folder(path)
     if files:
@@ -66,14 +68,14 @@ def _image_folder(path: Path, files: list[Path]) -> Path:
     return Path(datasets.config.HF_CACHE_HOME)
 
 
-def _unfold(value: Any, where: str, name: str = "image") -> Any:
+def unfold(value: Any, where: str, name: str = "image") -> Any:
     """{"bytes", "path"} of an Image feature, anywhere in a row -> ImageBytes, or the path."""
     if isinstance(value, dict):
         if value.keys() == {"bytes", "path"}:
             return ImageBytes(value["bytes"], _name(value, where, name)) if value["bytes"] else value["path"]
-        return {key: _unfold(inner, where, key) for key, inner in value.items()}
+        return {key: unfold(inner, where, key) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_unfold(inner, where, f"{name} {number}") for number, inner in enumerate(value)]
+        return [unfold(inner, where, f"{name} {number}") for number, inner in enumerate(value)]
     return ImageBytes(value, f"{where}.{name}") if isinstance(value, bytes) else value
 
 
@@ -82,38 +84,44 @@ def _name(value: dict[str, Any], where: str, name: str) -> str:
     return f"{where}.{path if isinstance(path, str) and path else name}"
 
 
-def _load(path: Path, files: list[Path], split: str) -> Any:
+def open_columns(path: Path, files: Sequence[Path], split: str, streaming: bool = False) -> Any:
+    """A data set of the library, its rows as Arrow tables."""
     try:
         import datasets
     except ImportError:
         raise UserError(f"{path}: needs the library `datasets` (pip install 'vlm[train]')") from None
     try:
         if not files:
-            return _from_hub(str(path), split)
-        if files[0].is_dir():
-            return _one_split(datasets.load_from_disk(str(files[0])), path, split)
-        kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
-        return datasets.load_dataset(kind, data_files={"train": [str(file) for file in files]}, split="train")
+            found = _from_hub(str(path), split, streaming)
+        elif files[0].is_dir():
+            if streaming:
+                raise UserError(f"{path}: a folder that was saved isn't streamed; its rows are read where they are")
+            found = _one_split(datasets.load_from_disk(str(files[0])), path, split)
+        else:
+            kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
+            named = {"train": [str(file) for file in files]}
+            found = datasets.load_dataset(kind, data_files=named, split="train", streaming=streaming)
+        return found.with_format("arrow")
     except UserError:
         raise
     except Exception as error:  # the library fails in its own, many ways
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
-def _from_hub(name: str, split: str) -> Any:
+def _from_hub(name: str, split: str, streaming: bool) -> Any:
     """hub:owner/name, hub:owner/name:config"""
     import datasets
 
     name, _, config = name.removeprefix(HUB).partition(":")
     if split:
-        return datasets.load_dataset(name, config or None, split=split)
-    return _one_split(datasets.load_dataset(name, config or None), Path(f"{HUB}{name}"), split)
+        return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+    return _one_split(datasets.load_dataset(name, config or None, streaming=streaming), Path(f"{HUB}{name}"), split)
 
 
 def _one_split(found: Any, path: Path, split: str) -> Any:
     import datasets
 
-    if not isinstance(found, datasets.DatasetDict):
+    if not isinstance(found, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         if split:
             raise UserError(f"{path}: has no splits, so none is called {split}")
         return found

@@ -1,9 +1,9 @@
 """Steps of a training stage: which rows a rank takes, in which order, prepared by workers, packed, and resumable."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice, repeat
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -18,11 +18,13 @@ from data.mixture import Mixture
 from data.packing import Packing, plan
 from data.pictures import ImageRef, load_image
 from data.records import Record
+from data.streams import StreamState
 from vlm.errors import UserError
 
 Made = TypeVar("Made")
 Made_co = TypeVar("Made_co", covariant=True)
 Task = TypeVar("Task")
+_Task = tuple[tuple[int, int], Record | Bad | None]  # a sample's epoch and slot, and its row where that was streamed
 CHUNK = 16  # rows that a worker prepares at a time
 
 
@@ -42,11 +44,17 @@ class Preparation(Protocol[Made_co]):
 @dataclass(frozen=True)
 class State:
     """Where a rank's loader is. next: its next sample, or the first of the window it is in; taken: rows of that window
-    that were given out; seen: samples that were, broken ones included."""
+    that were given out; seen: samples that were, broken ones included; streams: where streams are at `next`."""
 
     next: int = 0
     taken: int = 0
     seen: int = 0
+    streams: tuple[StreamState, ...] = ()
+
+
+def read_state(saved: dict[str, Any]) -> State:
+    """A state from what `asdict` made of it."""
+    return State(**{**saved, "streams": tuple(StreamState(**stream) for stream in saved["streams"])})
 
 
 @dataclass(frozen=True)
@@ -118,9 +126,9 @@ class Loader(Generic[Made]):
     def _loaded(self, state: State) -> Iterator[_Row]:
         """One row a sample, its pixels ready."""
         seen = state.seen
-        for number, made in self._made(self._encode_and_load, state.next):
+        for number, made, streams in self._made(self._encode_and_load, state):
             seen += 1
-            after = State(number + 1, 0, seen)
+            after = State(number + 1, 0, seen, streams)
             yield _Row([], [made], after) if isinstance(made, Bad) else _Row([made], [], after)
 
     def _planned(self, state: State) -> Iterator[_Row]:
@@ -138,29 +146,26 @@ class Loader(Generic[Made]):
             yield _Row([sample for sample in made if isinstance(sample, Sample)], row.bad + bad, row.state)
 
     def _windows(self, state: State) -> Iterator[_Row]:
-        made = self._made(self._encode, state.next)
+        made = self._made(self._encode, state)
         size = max(1, self.packing.window // self.micro) * self.micro
-        start, seen, taken = state.next, state.seen, state.taken
         held = next(made, None)
         while held is not None:
+            start, seen, streams = state.next, state.seen, state.streams
             examples: list[Example] = []
             bad: list[Bad] = []
-            number = held[0]
             while held is not None and len(examples) < size and not self._ends(start, held[0], bad):
-                number = held[0]
-                examples.append(held[1]) if isinstance(held[1], Example) else bad.append(held[1])
+                number, one, streams = held
+                examples.append(one) if isinstance(one, Example) else bad.append(one)
                 held = next(made, None)
             rng = np.random.default_rng([self.mixture.seed, 3, self.rank, start])
             rows = plan(examples, self.packing, self.tokens, self.micro, rng)
+            seen += len(bad) if state.taken == 0 else 0
+            for place, row in enumerate(rows[state.taken :], start=state.taken + 1):
+                seen += len(row)
+                yield _Row(row, bad if place == 1 else [], replace(state, taken=place, seen=seen))
+            state = State(number + 1, 0, seen, streams)
             if not rows:
-                yield _Row([], bad, State(number + 1, 0, seen + len(bad)))
-            for place, row in enumerate(rows[taken:], start=taken + 1):
-                named = bad if place == 1 else []
-                seen += len(row) + len(named)
-                end = place == len(rows)
-                after = State(number + 1, 0, seen) if end else State(start, place, seen)
-                yield _Row(row, named, after)
-            start, taken = number + 1, 0
+                yield _Row([], bad, state)
 
     def _ends(self, start: int, number: int, bad: Sequence[Bad]) -> bool:
         """Whether a window ends before a sample: packed rows are of one epoch, and broken rows have an end."""
@@ -184,36 +189,56 @@ class Loader(Generic[Made]):
     def _sample(self, number: int) -> int:
         return number * self.world + self.rank
 
-    def _made(self, make: Callable[[list[tuple[int, int]]], list[Any]], first: int) -> Iterator[tuple[int, Any]]:
-        """What workers make of this rank's samples from its `first` on, each with its number, in order."""
+    def _made(
+        self, make: Callable[[list[_Task]], list[Any]], state: State
+    ) -> Iterator[tuple[int, Any, tuple[StreamState, ...]]]:
+        """What workers make of this rank's samples from a state on, in order: number, example or sample, and where the
+        streams are after it."""
+        after: deque[tuple[StreamState, ...]] = deque()
         chunk = min(self.share, CHUNK) if self.workers else self.share
-        number = first
-        for part in ordered_map(make, self._chunks(first, chunk), self.workers):
+        number = state.next
+        for part in ordered_map(make, self._tasks(state, chunk, after), self.workers):
             for made in part:
-                yield number, made
+                yield number, made, after.popleft()
                 number += 1
 
-    def _chunks(self, first: int, size: int) -> Iterator[list[tuple[int, int]]]:
-        number = first
-        while True:
-            samples = [self._sample(number + offset) for offset in range(size)]
-            chunk = [self.mixture.sample(n) for n in samples if self.samples is None or n < self.samples]
-            if not chunk:
-                return
-            yield chunk
-            number += size
+    def _tasks(self, state: State, size: int, after: deque[tuple[StreamState, ...]]) -> Iterator[list[_Task]]:
+        """Samples in chunks, with the rows of those that come from streams."""
+        streams = self.mixture.streams
+        at = dict(zip(streams, state.streams or repeat(StreamState()), strict=False))
+        options = (self.mixture.seed, self.mixture.shuffle, self.rank, self.world)
+        readers = {which: stream.read(at[which], *options) for which, stream in streams.items()}
+        tasks: list[_Task] = []
+        for number in count(state.next):
+            if self.samples is not None and self._sample(number) >= self.samples:
+                break
+            sample = self.mixture.sample(self._sample(number))
+            which, item = self.mixture.which(sample), None
+            if which in readers:
+                item, at[which] = next(readers[which])
+            after.append(tuple(at.values()))
+            tasks.append((sample, item))
+            if len(tasks) == size:
+                yield tasks
+                tasks = []
+        if tasks:
+            yield tasks
 
-    def _encode(self, samples: list[tuple[int, int]]) -> list[Example | Bad]:
+    def _encode(self, tasks: list[_Task]) -> list[Example | Bad]:
         made: list[Example | Bad] = []
-        for sample in samples:
+        for sample, item in tasks:
+            record = self.mixture.read(sample) if item is None else item
+            if isinstance(record, Bad):
+                made.append(record)
+                continue
             try:
-                made.append(self.preparation.encode(*self.mixture.read(sample)))
+                made.append(self.preparation.encode(record, self.mixture.generator(sample)))
             except UserError as error:
-                made.append(Bad.of(self.mixture.where(sample), error))
+                made.append(Bad.of(record.where, error))
         return made
 
-    def _encode_and_load(self, samples: list[tuple[int, int]]) -> list[Sample | Bad]:
-        made = self._encode(samples)
+    def _encode_and_load(self, tasks: list[_Task]) -> list[Sample | Bad]:
+        made = self._encode(tasks)
         loaded = iter(self.preparation.load([one for one in made if isinstance(one, Example)]))
         return [one if isinstance(one, Bad) else next(loaded) for one in made]
 

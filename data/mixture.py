@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from data.bad import Bad
 from data.records import Record
-from data.sources import Source
+from data.rows import Source
+from data.streams import Stream
 from vlm.errors import UserError
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Sample = tuple[int, int]  # epoch and slot
+STREAM_EPOCH = 100_000  # samples of what is called an epoch of a stream that says nothing of its own
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,34 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Source | Stream],
         seed: int,
         counts: Sequence[int] | None = None,
         shuffle: bool = True,
         group: int = 1,
     ) -> None:
         self.sources, self.seed, self.shuffle = list(sources), seed, shuffle
-        self.counts = list(counts or map(len, sources))
-        if group > 1 and self.counts != list(map(len, sources)):
-            raise UserError("group: rows that stay neighbours need whole data sets; leave weight and rows out")
+        lengths = [STREAM_EPOCH if isinstance(source, Stream) else len(source) for source in sources]
+        self.counts = list(counts or lengths)
+        if group > 1 and (self.counts != lengths or self.streams):
+            raise UserError("group: rows that stay neighbours need whole data sets; leave weight, rows and streams out")
         self.starts = [0, *accumulate(self.counts)]
         self.order = Order(self.starts[-1], seed, shuffle, group)
         self._epochs: dict[str, tuple[int, Numbers]] = {}
+
+    @property
+    def streams(self) -> dict[int, Stream]:
+        """The sources whose rows have no numbers: what fills a slot of theirs is whatever comes next."""
+        return {which: source for which, source in enumerate(self.sources) if isinstance(source, Stream)}
+
+    @property
+    def rows(self) -> list[int]:
+        """Of each source, -1 where nobody knows."""
+        return [-1 if isinstance(source, Stream) else len(source) for source in self.sources]
+
+    def which(self, sample: Sample) -> int:
+        """The source that a sample comes from."""
+        return bisect_right(self.starts, sample[1]) - 1
 
     def __len__(self) -> int:
         """Slots of an epoch."""
@@ -67,25 +85,29 @@ class Mixture:
         epoch, place = divmod(number, len(self))
         return epoch, int(self._epoch("mixture", self.order, epoch)[place])
 
-    def place(self, sample: Sample) -> tuple[int, int]:
-        """Which source fills a slot in an epoch, and with which of its rows."""
+    def place(self, sample: Sample) -> tuple[Source, int]:
+        """The numbered row that fills a slot in an epoch."""
         epoch, slot = sample
-        which = bisect_right(self.starts, slot) - 1
-        row, count, whole = slot - self.starts[which], self.counts[which], len(self.sources[which])
+        which = self.which(sample)
+        source = self.sources[which]
+        assert isinstance(source, Source)
+        row, count, whole = slot - self.starts[which], self.counts[which], len(source)
         if count != whole:
             cycle, row = divmod(epoch * count + row, whole)
             order = Order(whole, (self.seed, 2, which), self.shuffle)
             row = int(self._epoch(f"source {which}", order, cycle)[row])
-        return which, row
+        return source, row
 
-    def where(self, sample: Sample) -> str:
-        which, row = self.place(sample)
-        return self.sources[which].where(row)
+    def read(self, sample: Sample) -> Record | Bad:
+        source, row = self.place(sample)
+        try:
+            return source[row]
+        except UserError as error:
+            return Bad.of(source.where(row), error)
 
-    def read(self, sample: Sample) -> tuple[Record, np.random.Generator]:
-        """The record in a slot and the generator of all that is drawn for it; UserError for a broken row."""
-        which, row = self.place(sample)
-        return self.sources[which][row], np.random.default_rng([self.seed, 1, *sample])
+    def generator(self, sample: Sample) -> np.random.Generator:
+        """Of all that is drawn for a sample."""
+        return np.random.default_rng([self.seed, 1, *sample])
 
     def _epoch(self, name: str, order: Order, number: int) -> Numbers:
         if self._epochs.get(name, (-1,))[0] != number:

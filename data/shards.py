@@ -29,14 +29,20 @@ class Shards(Source):
     """
 
     def __init__(
-        self, path: Path, shards: Sequence[Path], images: Path | None = None, row_format: str | None = None
+        self,
+        path: Path,
+        shards: Sequence[Path],
+        images: Path | None = None,
+        row_format: str | None = None,
+        keep: bool = True,
     ) -> None:
+        """keep: the index of a big tar, for the next run."""
         super().__init__(path, images or shards[0].parent, row_format)
         self.shards, self.format = list(shards), "webdataset"
         starts: list[np.ndarray[Any, Any]] = []
         with progress(f"indexing {len(shards)} shards", len(shards)) as tell:
             for number, shard in enumerate(shards):
-                starts.append(_index(shard))
+                starts.append(_index(shard, keep))
                 tell(number + 1)
         self._starts = starts  # [samples + 1] of each shard
         self._firsts = np.concatenate(([0], np.cumsum([len(found) - 1 for found in starts])))
@@ -152,8 +158,8 @@ def _named(row: Any, pictures: dict[str, ImageSlice], where: str) -> Any:
     return row
 
 
-def _index(shard: Path) -> np.ndarray[Any, Any]:
-    return indexed("tar", shard, lambda file, tell: index_tar(file, tell, shard))["starts"]
+def _index(shard: Path, keep: bool) -> np.ndarray[Any, Any]:
+    return indexed("tar", shard, lambda file, tell: index_tar(file, tell, shard), keep)["starts"]
 
 
 def index_tar(file: BinaryIO, tell: Tell, shard: Path) -> Arrays:

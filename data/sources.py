@@ -13,11 +13,13 @@ from data.official import COCO, GQA, Official, TextVQA, VQAv2
 from data.rows import Source
 from data.scanner import Scanner
 from data.shards import Shards
+from data.streams import ColumnStream, ShardStream, Stream
 from data.tables import Table
 from vlm.errors import UserError
 
 OFFICIAL: dict[str, type[Official]] = {"vqav2": VQAv2, "coco": COCO, "textvqa": TextVQA, "gqa": GQA}
 FORMATS = (*ROW_FORMATS, *OFFICIAL, "flickr", "hf", "webdataset")
+ADDRESS = re.compile(r"(?!hub:)[a-z][a-z0-9+]+:")
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 _PACKED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".7z")
 _SPLITS = {"training": "train", "testing": "test", "val": "validation", "valid": "validation", "dev": "validation"}
@@ -34,6 +36,29 @@ _ARRAYS = (
 __all__ = ["FORMATS", "Source", "open_source"]
 
 
+def open_data(name: str, root: Path, images: Path | None, format: str | None, stream: bool) -> Source | Stream:
+    """What a stage's data names: local rows by number, or a stream (`stream`, or tars by http(s) address).
+
+    root: what paths are relative to.
+    """
+    if ADDRESS.match(name):
+        if not re.match(r"https?://.+\.tar$", name):
+            raise UserError(f"{name}: of addresses, http(s)://... of .tar files are read")
+        return ShardStream(Path(name), expand_braces(name), format if format in ROW_FORMATS else None)
+    path = name if name.startswith(HUB) else str(root / name)
+    if not stream:
+        return open_source(path, images, format)
+    rows = format if format in ROW_FORMATS else None
+    if name.startswith(HUB):
+        hub, _, split = name.partition("@")
+        return ColumnStream(Path(hub), (), images, rows, split)
+    source = Path(path)
+    files = sorted(source.glob("*.parquet")) if source.is_dir() else expand(path)
+    if not files or any(file.suffix != ".parquet" for file in files):
+        raise UserError(f"{path}: hub:... and Parquet files are streamed; other local files are read row by row anyway")
+    return ColumnStream(source, files, images, rows)
+
+
 def open_source(path: str | Path, images: Path | None = None, format: str | None = None) -> Source:
     """The rows of a file, a folder or a data set of the hub; the format is found where it isn't given.
 
@@ -42,8 +67,10 @@ def open_source(path: str | Path, images: Path | None = None, format: str | None
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
-    if re.match(r"(?!hub:)[a-z][a-z0-9+]+:", str(path)):
-        raise UserError(f"{path}: addresses aren't read yet; download the files and name them")
+    if ADDRESS.match(str(path)):
+        raise UserError(
+            f"{path}: what lies at an address has no row numbers; a recipe's data can be streamed from there"
+        )
     source = _open(str(path), images, format)
     rows = format if format in ROW_FORMATS else None
     if format is not None and rows is None and source.format != format:
@@ -133,8 +160,8 @@ def _open_files(path: Path, files: list[Path], images: Path | None, rows: str | 
     raise UserError(f"{path}: several files are read when all are .tar, or all .parquet, or all .arrow")
 
 
-def expand(name: str) -> list[Path]:
-    """The files of a list with braces ({000..012}, {train,val}) or * in it; UserError when one isn't there."""
+def expand_braces(name: str) -> list[str]:
+    """{000..012} and {train,val} in a name, written out."""
     pieces = re.split(r"\{([^{}]*)\}", name)
     choices: list[list[str]] = [[piece] for piece in pieces]
     for place in range(1, len(pieces), 2):
@@ -146,8 +173,13 @@ def expand(name: str) -> list[Path]:
             choices[place] = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
         else:
             choices[place] = pieces[place].split(",")
+    return ["".join(one) for one in product(*choices)]
+
+
+def expand(name: str) -> list[Path]:
+    """The files of a list with braces or * in it; UserError when one isn't there."""
     files: list[Path] = []
-    for one in map("".join, product(*choices)):
+    for one in expand_braces(name):
         path = Path(one)
         found = sorted(path.parent.glob(path.name)) if re.search(r"[*?\[]", path.name) else [path]
         if not found or not all(file.is_file() for file in found):

@@ -18,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data.sources import Source, open_source
+from data.bad import Bad
+from data.sources import Source, open_data
+from data.streams import Stream, spread
 from train.recipe import Backbone, Model, Recipe, Stage
 from train.runs import Run
 from vlm.checkpoint import check_complete, check_source, load
@@ -41,10 +43,12 @@ KEPT = "image_mean image_std resample rescale_factor do_resize do_rescale do_nor
 TOKENIZER_ROWS = 5000  # rows that a new tokenizer is made from, spread evenly over the data
 
 
-def open_sources(recipe: Recipe, stage: Stage) -> list[Source]:
+def open_sources(recipe: Recipe, stage: Stage) -> list[Source | Stream]:
     root = Path(recipe.data_root)
-    folders = [root / data.images if data.images else None for data in stage.data]
-    return [open_source(root / d.path, images, d.format) for d, images in zip(stage.data, folders, strict=True)]
+    return [
+        open_data(data.path, root, root / data.images if data.images else None, data.format, data.stream)
+        for data in stage.data
+    ]
 
 
 def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
@@ -287,11 +291,9 @@ def _is_safe(folder: Path) -> bool:
 def _texts(recipe: Recipe) -> Iterator[str]:
     for stage in recipe.stages:
         for source in open_sources(recipe, stage):
-            for index in range(0, len(source), max(1, len(source) // TOKENIZER_ROWS)):
-                try:
-                    record = source[index]
-                except UserError:  # counted and named where rows are learned from
+            for item in spread(source, TOKENIZER_ROWS):
+                if isinstance(item, Bad):  # counted and named where rows are learned from
                     continue
-                yield from record.captions
-                for message in record.messages:
+                yield from item.captions
+                for message in item.messages:
                     yield from (part["text"] for part in message["content"] if part["type"] == "text")

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from data.bad import Bad, summarise
+from data.streams import Item, Stream, spread
 from train.adapters import add_lora, target_modules
 from train.build import clip_settings, encoder_config, fused_config, image_settings, language_config, open_sources
 from train.parts import split_into_parts
@@ -26,6 +27,7 @@ from vlm.modeling import VisionLanguageModel
 from vlm.settings import nearest
 
 LOOKED_AT = 20_000  # rows of a stage that are read before it begins
+FIRST_OF_STREAM = 20
 NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 # transformers takes these beside a configuration's own fields
 EXTRA = {"attn_implementation"}
@@ -60,30 +62,38 @@ def check_processes(recipe: Recipe, processes: int) -> None:
 def check_rows(recipe: Recipe, stage: Stage) -> None:
     """Reads rows spread evenly over the data of a stage, all of them where there are few.
 
-    UserError when more of them are broken than the recipe allows, or for fewer rows than a group has.
+    UserError when more of them are broken than the recipe allows, for fewer rows than a group has, and for a stream
+    whose share can't be told.
     """
     sources = open_sources(recipe, stage)
-    rows = sum(len(source) for source in sources)
-    if stage.group > rows:
+    numbered = [source for source in sources if not isinstance(source, Stream)]
+    rows = sum(map(len, numbered))
+    if numbered == sources and stage.group > rows:
         raise UserError(f"stages.{stage.name}.group: {stage.group} rows can't be neighbours where there are {rows}")
+    for data, source in zip(stage.data, sources, strict=True):
+        if isinstance(source, Stream) and data.rows is None and (len(sources) > 1 or stage.epochs):
+            raise UserError(f"{data.path}: a stream doesn't say how long it is; give `rows`, how many an epoch has")
     images = {"contrastive": 1, "language": 0}.get(stage.objective)
-    every = -(-rows // LOOKED_AT)
     broken: list[Bad] = []
     looked = 0
     for source in sources:
-        for index in range(0, len(source), every):
-            looked += 1
-            try:
-                record = source[index]
-                if images is not None and len(record.images) != images:
-                    raise UserError(f"has {len(record.images)} images, where the stage takes {images}")
-            except UserError as error:
-                broken.append(Bad.of(source.where(index), error))
+        share = FIRST_OF_STREAM if isinstance(source, Stream) else max(1, LOOKED_AT * len(source) // max(rows, 1))
+        found = [_broken(item, images) for item in spread(source, share)]
+        if isinstance(source, Stream) and None in found:
+            continue  # so few rows say nothing of a share
+        looked += len(found)
+        broken += [bad for bad in found if bad is not None]
     if len(broken) > recipe.max_bad * looked:
         raise UserError(
             f"stages.{stage.name}: {len(broken)} of {looked} rows are broken, more than max_bad ({recipe.max_bad:.3g}) "
             f"allows ({summarise(broken)}); `vlm data check` lists all"
         )
+
+
+def _broken(item: Item, images: int | None) -> Bad | None:
+    if isinstance(item, Bad) or images is None or len(item.images) == images:
+        return item if isinstance(item, Bad) else None
+    return Bad(item.where, f"has {len(item.images)} images, where the stage takes {images}")
 
 
 def _check_names(spec: Model) -> None:

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,8 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from transformers.utils import logging as transformers_logging
 
-from data.loader import ImageCache, Loader, State, Step
-from data.mixture import Mixture
+from data.loader import ImageCache, Loader, State, Step, read_state
+from data.mixture import STREAM_EPOCH, Mixture
+from data.streams import Stream
 from train.build import open_sources
 from train.check import check_processes, check_recipe, check_rows
 from train.monitor import Monitor
@@ -101,23 +103,23 @@ def run_stage(
     optimizer = make_optimizer(parts, stage)
     assert_only_these_learn(objective.model, parts, optimizer)
     mixture = open_mixture(recipe, stage, index)
-    rows = [len(source) for source in mixture.sources]
+    rows = mixture.rows
     samples = round(stage.epochs * len(mixture)) if stage.epochs else None
     total = stage.steps or samples or 0
     world, rank = accelerator.num_processes, accelerator.process_index
-    at = Position(index, 0, offset, [vars(State())] * world, rows)
+    at = Position(index, 0, offset, [asdict(State())] * world, rows)
     objective.model.to(accelerator.device)
     if checkpoint is not None:
         at = read_position(checkpoint)
         check_position(checkpoint, at, world, rows)
         restore(checkpoint, objective.model, optimizer)
     run.forget_after(at.step)
-    quarantine = Quarantine(run, recipe, stage.name, sum(rows), quiet=not accelerator.is_main_process)
+    quarantine = Quarantine(run, recipe, stage.name, rows, quiet=not accelerator.is_main_process)
     packs = stage.packing.mode == "pack"
     apart = packed_attention(objective.language_model, accelerator.autocast) if packs else nullcontext()
     model, optimizer = accelerator.prepare(objective.model, optimizer)
     model.train()
-    done, state, seen = at.done, State(**at.loaders[rank]), sum(loader["seen"] for loader in at.loaders)
+    done, state, seen = at.done, read_state(at.loaders[rank]), sum(loader["seen"] for loader in at.loaders)
     monitor.begin(stage.name, total, seen if samples else done, manifest(parts))
     steps = Loader(
         mixture,
@@ -137,7 +139,7 @@ def run_stage(
             step = next(steps)
             counts = count_step(step, accelerator)
             before, seen = seen, counts.pop("seen")
-            quarantine.add(gather_object(step.bad) if counts.pop("bad") else [], offset + done + 1)
+            quarantine.add(gather_object(step.bad) if counts.pop("bad") else [], offset + done + 1, seen)
             if not counts["supervised"]:  # what was left were broken rows
                 continue
             now, behind = (1, done) if samples is None else (seen - before, before)
@@ -151,7 +153,7 @@ def run_stage(
                 raise UserError(f"{stage.name}: the loss is {entry['loss']} at step {done}; lower the learning rates")
             monitor.log(entry, behind + now)
             if stop.wanted or (done % recipe.checkpoint_every == 0 and behind + now < total):
-                loaders = gather_object([vars(step.state)])
+                loaders = gather_object([asdict(step.state)])
                 if accelerator.is_main_process:
                     position = Position(index, done, offset + done, loaders, rows)
                     save_state(run.checkpoints, position, objective.model, optimizer, recipe.keep_checkpoints)
@@ -224,7 +226,10 @@ def set_rates(optimizer: torch.optim.Optimizer, stage: Stage, done: int, now: in
 def open_mixture(recipe: Recipe, stage: Stage, index: int) -> Mixture:
     """The rows of a stage in the order that it sees them."""
     sources = open_sources(recipe, stage)
-    counts = [data.count(len(source)) for data, source in zip(stage.data, sources, strict=True)]
+    counts = [
+        data.count(STREAM_EPOCH if isinstance(source, Stream) else len(source))
+        for data, source in zip(stage.data, sources, strict=True)
+    ]
     return Mixture(sources, recipe.seed * 1000 + index, counts, stage.shuffle, stage.group)
 
 

@@ -1,25 +1,31 @@
 """Broken rows of a run: named once, counted by reason, and the run's end when there are too many."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from data.bad import Bad, summarise
 from train.recipe import Recipe
 from train.runs import Run
 from vlm.errors import UserError
 
+LEAST_SEEN = 1000
+
 
 class Quarantine:
     """The broken rows of one stage. Every rank keeps all of them, so that all stop together; one of them writes."""
 
-    def __init__(self, run: Run, recipe: Recipe, stage: str, rows: int, quiet: bool = False) -> None:
-        self.run, self.stage, self.rows, self.most, self.quiet = run, stage, rows, recipe.max_bad, quiet
+    def __init__(self, run: Run, recipe: Recipe, stage: str, rows: Sequence[int], quiet: bool = False) -> None:
+        """rows: of each source, -1 where nobody knows: then the share is that of the rows seen, of 1000 at least."""
+        self.run, self.stage, self.most, self.quiet = run, stage, recipe.max_bad, quiet
+        self.rows, self.streamed = sum(max(0, count) for count in rows), -1 in rows
         self.known = {row.where: row for row in run.quarantined(stage)}
 
     def __len__(self) -> int:
         return len(self.known)
 
-    def add(self, rows: Iterable[Bad], step: int) -> None:
+    def add(self, rows: Iterable[Bad], step: int, seen: int) -> None:
         """Rows that are new go into quarantine.jsonl. UserError when more than the allowed share are broken."""
+        if self.streamed:
+            self.rows = max(self.rows, seen, LEAST_SEEN)
         new = {row.where: row for row in rows if row.where not in self.known}
         self.known.update(new)
         if new and not self.quiet:

@@ -93,8 +93,9 @@ class Model:
 class Data:
     """A file of rows and the folder of its images (default: `images` beside the file). Relative to data_root.
 
-    format: of the rows, where it can't be found out; weight: how often an epoch has each of its rows (.5: half of them,
-    the other half in the next epoch); rows: how many of them an epoch has, instead of a weight.
+    format: of the rows, where it can't be found out; stream: read a data set of the hub, or Parquet files, while it
+    arrives, in order, and keep nothing (so are tars by http(s) address); weight: how often an epoch has each of its
+    rows (.5: half of them, the other half in the next epoch); rows: how many an epoch has, instead of a weight.
     """
 
     path: str
@@ -102,6 +103,7 @@ class Data:
     format: str | None = None
     weight: Positive = 1.0
     rows: Count | None = None
+    stream: bool = False
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.weight != 1:

@@ -21,7 +21,7 @@ class Position:
     stage: int
     done: int
     step: int
-    loaders: list[dict[str, int]]
+    loaders: list[dict[str, Any]]
     rows: list[int]
 
 

@@ -148,7 +148,8 @@ def test_every_state_holds_all_that_matters(
 
 
 def test_a_broken_row_makes_room_for_the_next(broken: Mixture) -> None:
-    order = [broken.where(broken.sample(number)) for number in range(ROWS)]
+    places = [broken.place(broken.sample(number)) for number in range(ROWS)]
+    order = [source.where(row) for source, row in places]
     bad = {f"rows.jsonl:{row + 1}" for row in UNREADABLE | UNDECODABLE}
     good = [name for name in (Path(where).name for where in order) if name not in bad]
     taken = steps(broken, len(good) // 6)
@@ -174,7 +175,8 @@ def test_where_nothing_is_whole_the_data_is_blamed(tmp_path: Path, packing: Pack
 
 def test_packed_rows_keep_within_their_room_and_fill_it(whole: Mixture) -> None:
     rows = [row for step in steps(whole, 20, packing=PACKINGS[2]) for made in step.micro_batches for row in made]
-    lengths = {f"rows.jsonl:{n + 1}": int(whole.sources[0].row(n)["answer"]) for n in range(ROWS)}
+    (numbered, _) = whole.place((0, 0))
+    lengths = {f"rows.jsonl:{n + 1}": int(numbered.row(n)["answer"]) for n in range(ROWS)}
     filled = [sum(lengths[where] for where, _ in row) for row in rows]
     assert max(filled) <= 64
     assert sum(filled) / len(filled) > 0.8 * 64

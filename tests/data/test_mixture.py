@@ -4,7 +4,6 @@ import json
 import pickle
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.bad import Bad
 from data.mixture import Mixture, Order
+from data.records import Record
 from data.sources import Source, open_source
 from vlm import UserError
 
@@ -32,14 +33,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
 
 
 def answers(mixture: Mixture, count: int, first: int = 0) -> list[str]:
-    read = [mixture.read(mixture.sample(number))[0] for number in range(first, first + count)]
-    return [record.messages[-1]["content"][0]["text"] for record in read]
+    read = [mixture.read(mixture.sample(number)) for number in range(first, first + count)]
+    return [record.messages[-1]["content"][0]["text"] for record in read if isinstance(record, Record)]
 
 
 def test_without_shuffling_rows_come_in_the_order_of_the_files(sources: list[Source]) -> None:
     mixture = Mixture(sources, 5, shuffle=False)
     assert answers(mixture, 28) == (ALL * 3)[:28]
-    assert Path(mixture.where((0, 8))).name == "2.jsonl:1"
+    source, row = mixture.place((0, 8))
+    assert Path(source.where(row)).name == "2.jsonl:1"
     assert len(mixture) == 13
 
 
@@ -88,14 +90,14 @@ def test_the_parts_of_a_source_differ_between_epochs(sources: list[Source]) -> N
 
 def test_rows_seen_twice_in_an_epoch_are_drawn_for_anew(sources: list[Source]) -> None:
     mixture = Mixture(sources[1:2], 1, [3])
-    assert len({int(mixture.read(mixture.sample(n))[1].integers(1 << 60)) for n in range(3)}) == 3
+    assert len({int(mixture.generator(mixture.sample(n)).integers(1 << 60)) for n in range(3)}) == 3
 
 
 def test_each_rows_generator_depends_on_seed_epoch_and_slot_alone(sources: list[Source]) -> None:
     def draws(seed: int, shuffle: bool, epoch: int) -> set[tuple[str, int]]:
         mixture = Mixture(sources, seed, shuffle=shuffle)
-        read = [mixture.read(mixture.sample(epoch * TOTAL + n)) for n in range(TOTAL)]
-        return {(record.where, int(rng.integers(1 << 60))) for record, rng in read}
+        samples = [mixture.sample(epoch * TOTAL + n) for n in range(TOTAL)]
+        return {(mixture.place(one), int(mixture.generator(one).integers(1 << 60))) for one in samples}
 
     assert draws(5, True, 0) == draws(5, False, 0)
     assert not draws(5, True, 0) & draws(5, True, 1)
@@ -133,7 +135,6 @@ def test_a_million_rows_are_shuffled_in_little_memory() -> None:
 def test_a_broken_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "?", "answer": "a"}\n{"question": 3}\n')
-    mixture: Any = Mixture([open_source(path)], 0, shuffle=False)
-    assert mixture.where((0, 1)) == f"{path}:2"
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: question and answer must be texts"):
-        mixture.read((0, 1))
+    mixture = Mixture([open_source(path)], 0, shuffle=False)
+    assert isinstance(mixture.read((0, 0)), Record)
+    assert mixture.read((0, 1)) == Bad(f"{path}:2", "question and answer must be texts")

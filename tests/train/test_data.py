@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
 import train.loop
+from data.bad import Bad
 from data.encode import encode_record
 from data.mixture import Mixture
 from data.sources import open_source
@@ -96,10 +99,11 @@ def test_an_epoch_learns_from_every_row_once(scenes: Path, tmp_path: Path, mode:
     mixture = Mixture(sources, 0, [30, 7])
     expected = 0
     for number in range(2 * len(mixture)):
-        try:
-            record, rng = mixture.read(mixture.sample(number))
-        except UserError:
+        sample = mixture.sample(number)
+        record = mixture.read(sample)
+        if isinstance(record, Bad):
             continue
+        rng = mixture.generator(sample)
         counts = [processor.image_tokens.placeholders(1, 1)] * len(record.images)
         expected += len(encode_record(record, processor.chat, 512, "assistant", rng, counts).input_ids)
     logged = entries(run)
@@ -244,3 +248,44 @@ def test_a_recipe_may_bring_its_own_chat_template(scenes: Path, tmp_path: Path, 
     said = processor.tokenizer.decode(processor.chat.encode(chat).input_ids)
     marks = {"vicuna_v1": "USER: what? ASSISTANT: a cube", "chatml": "<|im_start|>user\nwhat?", "file": "[user]what?"}
     assert marks.get(wanted, "a cube") in said
+
+
+def test_a_run_on_a_stream_goes_on_where_it_stopped(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = sorted((scenes / "images").rglob("*.png"))[:40]
+    rows = {
+        "question": ["what is it?"] * 40,
+        "answer": ["" if n == 7 else f"thing {n}" for n in range(40)],
+        "image": [{"bytes": name.read_bytes(), "path": None} for name in names],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    data = [{"path": str(tmp_path / "rows.parquet"), "stream": True, "rows": 12}, {"path": "text.jsonl"}]
+    settings = chat_recipe(scenes, data=data, steps=20, packing={"mode": "pack", "tokens": 200})
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", settings))
+    whole = run_training(recipe, tmp_path / "whole")
+    real, calls = train.loop.optimizer_step, 0
+
+    def dying(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            raise KilledError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train.loop, "optimizer_step", dying)
+    with pytest.raises(KilledError):
+        run_training(recipe, tmp_path / "killed")
+    monkeypatch.setattr(train.loop, "optimizer_step", real)
+    assert entries(run_training(recipe, tmp_path / "killed", resume=True)) == entries(whole)
+    assert [row.where for row in whole.quarantined("chat")] == [f"{tmp_path / 'rows.parquet'}[7]"]
+
+
+def test_a_stream_among_others_must_say_how_many_rows_it_gives(scenes: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"question": ["?"], "answer": ["a"]}), tmp_path / "rows.parquet")
+    stream = {"path": str(tmp_path / "rows.parquet"), "stream": True}
+    for settings in ({"data": [stream, {"path": "text.jsonl"}]}, {"data": [stream], "steps": None, "epochs": 1}):
+        recipe = load_recipe(write_recipe(tmp_path / "r.yaml", chat_recipe(scenes, **settings)))
+        with pytest.raises(UserError, match="a stream doesn't say how long it is; give `rows`"):
+            run_training(recipe, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
