@@ -19,6 +19,8 @@ class Columns(Source):
     Arrow files are mapped into memory, Parquet is turned into Arrow once, in the cache of `datasets`.
     """
 
+    holds_images = True
+
     def __init__(
         self,
         path: Path,
@@ -30,12 +32,15 @@ class Columns(Source):
         """files: Parquet or Arrow files, or one folder of `save_to_disk`; none for an id of the hub."""
         self._data = open_columns(path, files, split)
         super().__init__(path, images or image_folder_of(path, files), row_format)
-        self.files, self.split, self.format = files, split, "hf"
+        self._files, self.split, self.format = files, split, "hf"
         if not len(self):
             raise UserError(f"{path}: no rows in it")
 
     def __reduce__(self) -> tuple[type[Source], tuple[Any, ...]]:
-        return type(self), (self.path, self.files, self.images, self.row_format, self.split)
+        return type(self), (self.path, self._files, self.images, self.row_format, self.split)
+
+    def files(self) -> list[Path]:
+        return self._files
 
     def __len__(self) -> int:
         return len(self._data)

@@ -1,6 +1,7 @@
 """Command-line entries of data: arguments here, work in the modules they name."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from data.check_model import ModelSpec
 
 WIDE = 1000  # columns where no terminal has fewer: a file's line isn't broken
+
+from vlm.arguments import positive, share
 
 
 def data(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,40 @@ def data(parser: argparse.ArgumentParser) -> None:
     scenes.add_argument("--lessons", type=int, default=5600, help="scenes of lessons.jsonl (default 5600)")
     scenes.add_argument("--seed", type=int, default=0)
     scenes.set_defaults(run=_scenes)
+    _add_convert(actions.add_parser("convert", help="write any source as messages JSONL or as WebDataset shards"))
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a file, a folder, a-{000..012}.tar, or hub:owner/name")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.jsonl, or a folder for --to webdataset")
+    parser.add_argument("--to", choices=("messages", "webdataset"), default="messages")
+    parser.add_argument("--format", help="what SOURCE is, where it isn't found rightly (an unknown one lists all)")
+    parser.add_argument("--images", type=Path, help="the folder that SOURCE's image paths are relative to")
+    parser.add_argument("--shard-size", type=positive, default=1000, help="samples of a shard (default 1000)")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--max-bad", type=share, default=0.0, help="broken rows to accept: 0.005 or 0.5%% (default 0)")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from data.convert import convert
+    from data.rows import image_folder
+    from data.sources import open_source
+    from vlm.errors import UserError
+
+    source = open_source(options.source, options.images, options.format)
+    print(f"{options.source}: {len(source)} rows of {source.format}")
+    size = options.shard_size if options.to == "webdataset" else None
+    done = convert(source, options.out, options.to, size, options.workers)
+    print(f"{options.out}: {done.good} rows")
+    if options.to == "messages" and not source.holds_images and image_folder(options.out) != source.images:
+        print(f"its images are in {source.images}: read it with --images {source.images}")
+    if done.bad:
+        told = f"{done.bad} of {done.good + done.bad} rows are broken; they are in {done.quarantine}"
+        if done.bad > options.max_bad * (done.good + done.bad):
+            raise UserError(told)
+        print(told)
+    return 0
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:

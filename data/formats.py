@@ -44,7 +44,7 @@ def read_row(row: Any, where: str, root: Path, format: str | None = None) -> Rec
 def _messages(row: dict[str, Any], where: str, root: Path) -> Record:
     """{"messages": [{"role", "content": text or [{"type": "text", "text"}, {"type": "image", "image"}]}]}
 
-    Image parts without a name take the next of the row's "images".
+    Image parts without a name take the next of the row's "images"; "captions" are answers as right as the last one.
     """
     if not isinstance(row["messages"], list):
         raise UserError(f"{where}: messages must be a list")
@@ -60,7 +60,10 @@ def _messages(row: dict[str, Any], where: str, root: Path) -> Record:
         content = _parts(message.get("content"), f"{where}: message {number}", images, rest)
         messages.append({"role": message["role"], "content": content})
     images += rest  # to be missed by a placeholder
-    return make_record(where, messages, images, root)
+    captions = row.get("captions") or []
+    if not isinstance(captions, list) or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise UserError(f"{where}: captions must be a list of texts, none empty")
+    return make_record(where, messages, images, root, captions)
 
 
 def _parts(content: Any, where: str, images: list[Any], rest: Iterator[Any]) -> list[dict[str, str]]:
@@ -204,7 +207,7 @@ def _make_document(where: str, parts: list[dict[str, str]], images: list[Any], r
 
 
 def _documents(row: dict[str, Any], where: str, root: Path) -> Record:
-    return _document(row, where, root) if "texts" in row else _matched_document(row, where, root)
+    return _document(row, where, root) if "texts" in row and "images" in row else _matched_document(row, where, root)
 
 
 ROW_FORMATS: dict[str, Callable[[dict[str, Any], str, Path], Record]] = {

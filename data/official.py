@@ -114,13 +114,16 @@ class VQAv2(Official):
         answer = annotation.get("multiple_choice_answer", annotation.get("answers"))
         return asked(row, answer, find_name(self.images, coco_names(row.get("image_id"), self._folders)))
 
+    def files(self) -> list[Path]:
+        return [self.path, self.annotations]
+
     def _annotation(self, question: Any, where: str) -> dict[str, Any]:
         place = int(np.searchsorted(self._ids, key_of(question)))
         if place == len(self._ids) or self._ids[place] != key_of(question):
             raise UserError(f"{where}: question {question} has no answer in {self.annotations}")
         number = int(self._order[place])
         starts = self._answers["annotations.starts"]
-        named = f"{self.annotations}[{number}]"
+        named = f"{where}: {self.annotations}[{number}]"
         return element(self._answer_file.read(int(starts[number]), int(starts[number + 1]), named.__str__), named)
 
 
@@ -149,16 +152,16 @@ class COCO(Official):
             raise UserError(f"{where}: captions of image {self._orphans[index - images]}, which 'images' doesn't list")
         row = self._element(index)
         first, last = (int(np.searchsorted(self._captioned, key_of(row.get("id")), side)) for side in ("left", "right"))
-        captions = [self._caption(int(number)) for number in self._order[first:last]]
+        captions = [self._caption(int(number), where) for number in self._order[first:last]]
         name = row.get("file_name")
         if not isinstance(name, str):
             raise UserError(f"{where}: an image needs a file_name")
         names = [name, *(f"{folder}/{name}" for folder in self._folders), *coco_names(row.get("id"), self._folders)]
         return {"image": find_name(self.images, names), "captions": captions}
 
-    def _caption(self, number: int) -> Any:
+    def _caption(self, number: int, row: str) -> Any:
         starts = self._arrays["annotations.starts"]
-        where = f"{self.path}[annotations {number}]"
+        where = f"{row}: its caption, annotation {number}"
         return element(self._file.read(int(starts[number]), int(starts[number + 1]), where.__str__), where).get(
             "caption"
         )

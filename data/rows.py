@@ -38,6 +38,9 @@ class Source(ABC):
     def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
         return type(self), (self.path, self.images, self.row_format)
 
+    # whether images are in the source itself, so that whoever writes its rows elsewhere has to copy them
+    holds_images = False
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -48,6 +51,10 @@ class Source(ABC):
     @abstractmethod
     def row(self, index: int) -> Any:
         """The parsed row, unchecked."""
+
+    def files(self) -> list[Path]:
+        """What it reads rows from; none for a data set of the hub."""
+        return [self.path]
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):

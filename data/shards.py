@@ -28,6 +28,8 @@ class Shards(Source):
     unpacked: a picture is a stretch of its tar.
     """
 
+    holds_images = True
+
     def __init__(
         self,
         path: Path,
@@ -51,6 +53,9 @@ class Shards(Source):
 
     def __reduce__(self) -> tuple[type[Source], tuple[Any, ...]]:
         return type(self), (self.path, self.shards, self.images, self.row_format)
+
+    def files(self) -> list[Path]:
+        return self.shards
 
     def __len__(self) -> int:
         return int(self._firsts[-1])

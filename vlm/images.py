@@ -70,6 +70,12 @@ def decode_size(data: bytes | BinaryIO, name: str = "image", max_pixels: int = M
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
+def image_format(data: bytes, name: str = "image") -> str:
+    """The name of an image's format, from its header. UserError as in `decode_image`."""
+    with _explained(name):
+        return str(_open(io.BytesIO(data), name, MAX_PIXELS).format)
+
+
 def _tells_late(file: BinaryIO) -> bool:
     """Whether a PNG may name its orientation behind its pixels; so may one of too many chunks to look at."""
     place, pixels = 8, False
