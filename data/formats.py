@@ -95,15 +95,14 @@ def _llava(row: dict[str, Any], where: str, root: Path) -> Record:
     if not isinstance(row["conversations"], list):
         raise UserError(f"{where}: conversations must be a list")
     for number, turn in enumerate(row["conversations"], start=1):
-        role = _LLAVA_ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
-        if role is None or not isinstance(turn.get("value"), str):
+        try:
+            role, text = _LLAVA_ROLES[turn["from"]], turn["value"]
+        except (KeyError, TypeError):
+            role, text = "", None
+        if not isinstance(text, str):
             raise UserError(f"{where}: turn {number} needs a 'from' of human or gpt and a text 'value'")
-        messages.append(
-            {
-                "role": role,
-                "content": _split_marks(turn["value"]) if role == "user" else [text_part(turn["value"])],
-            }
-        )
+        content = _split_marks(text) if role == "user" else [text_part(text)]
+        messages.append({"role": role, "content": content})
     return make_record(where, messages, images, root)
 
 

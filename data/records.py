@@ -82,10 +82,12 @@ def check_roles(where: str, messages: Sequence[Message]) -> None:
 
 
 def check_texts(where: str, texts: Sequence[str]) -> None:
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: a text holds half of a surrogate pair, which is no character") from None
+    for text in texts:
+        if not text.isascii():  # which is known without a look at it
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{where}: a text holds half of a surrogate pair, which is no character") from None
 
 
 def find_image(where: str, image: Any, root: Path) -> Path:

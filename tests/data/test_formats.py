@@ -137,6 +137,44 @@ GOOD: dict[str, tuple[dict[str, Any], tuple[dict[str, Any], ...], list[str], tup
         ["b.png"],
         (),
     ),
+    "a question with several answers": (
+        {"image": "a.png", "question": "what?", "answers": ["x", "a cube", " ", "a cube"]},
+        (user(None, "what?"), assistant("a cube")),
+        ["a.png"],
+        (),
+    ),
+    "a question with answers as annotators gave them": (
+        {"question": "what?", "answers": [{"answer": "x", "confidence": "no"}, {"answer": "y"}]},
+        (user("what?"), assistant("x")),
+        [],
+        (),
+    ),
+    "a question about several images": (
+        {"question": "what?", "answer": "a cube", "images": ["b.png", "a.png"]},
+        (user(None, None, "what?"), assistant("a cube")),
+        ["b.png", "a.png"],
+        (),
+    ),
+    "messages with their images beside": (
+        {
+            "images": ["a.png", "b.png"],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "two", "image": None}]},
+                {"role": "user", "content": [{"type": "image", "image": "sub/c.png"}]},
+                {"role": "assistant", "content": "three"},
+            ],
+        },
+        (user(None, "and", None), assistant("two"), user(None), assistant("three")),
+        ["a.png", "b.png", "sub/c.png"],
+        (),
+    ),
+    "a row of an image folder": (
+        {"file_name": "a.png", "text": "a cube"},
+        (user(None, CAPTION_PROMPT), assistant("a cube")),
+        ["a.png"],
+        ("a cube",),
+    ),
     "a question without an image": (
         {"question": "what?", "answer": "a cube"},
         (user("what?"), assistant("a cube")),
@@ -172,6 +210,7 @@ def question(**row: Any) -> dict[str, Any]:
 
 BAD_IMAGES = {
     "none there": ("none.png", "is not in"),
+    "with another suffix": ("sub/c.jpg", r"is not in .* \(there is c\.png\)"),
     "a folder": ("sub", "is not in"),
     "an empty file": ("empty.png", "is an empty file"),
     "up and out": ("../secret.png", "lies outside the image folder"),
@@ -200,7 +239,59 @@ def test_an_image_that_is_not_a_file_in_the_folder_is_named_with_its_line(root: 
         read_row(asked(image_and("what?", value)), "rows:3", root)
 
 
+DOCUMENTS = {
+    "OBELICS": {"images": [None, "a.png", None, "b.png"], "texts": ["one", None, "two", None], "metadata": None},
+    "MMC4": {
+        "text_list": ["one", "two", "three"],
+        "image_info": [
+            {"image_name": "b.png", "matched_text_index": 2, "matched_sim": 0.3},
+            {"image_name": "a.png", "matched_text_index": 1},
+        ],
+        "similarity_matrix": [],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("OBELICS", ("one", None, "two", None)), ("MMC4", ("one", None, "two", None, "three"))]
+)
+def test_a_document_is_texts_and_images_in_turn(root: Path, kind: str, parts: tuple[str | None, ...]) -> None:
+    record = read_row(DOCUMENTS[kind], "rows:3", root)
+    assert record.kind == "document"
+    assert record.messages == ({"role": "document", "content": user(*parts)["content"]},)
+    assert record.images == ((root / "a.png").resolve(), (root / "b.png").resolve())
+    assert read_row(question(), "rows:3", root).kind == "chat"
+
+
 BAD: dict[str, tuple[Any, str]] = {
+    "an image in a system message": (
+        {"messages": [{"role": "system", "content": image_and("x")}, *talked("user", "assistant")["messages"]]},
+        "message 1: an image in a system message",
+    ),
+    "images beside messages are text": ({**talked("user", "assistant"), "images": "a.png"}, "images must be a list"),
+    "more images beside than parts": (
+        {**talked("user", "assistant"), "images": ["a.png"]},
+        "0 image placeholders, but 1 images",
+    ),
+    "fewer images beside than parts": (
+        {**asked([{"type": "image"}, {"type": "image"}]), "images": ["a.png"]},
+        "named by its path, got None",
+    ),
+    "answers of other kinds": ({"question": "q", "answers": ["a", 7]}, "question and answer must be texts"),
+    "no answers": ({"question": "q", "answers": []}, "question and answer must be texts"),
+    "blank answers": ({"question": "q", "answers": [" ", ""]}, "message 2: an empty answer"),
+    "captions beside messages": ({**talked("user", "assistant"), "captions": [""]}, "captions must be a list of texts"),
+    "a document of unlike lists": ({"texts": ["a"], "images": []}, "lists of the same length"),
+    "a document's place with both": ({"texts": ["a"], "images": ["a.png"]}, "position 0 needs an image or a text"),
+    "a document's place with none": ({"texts": ["a", None], "images": [None, None]}, "position 1 needs an image or a"),
+    "a document of images": ({"texts": [None], "images": ["a.png"]}, "a document without text"),
+    "a document's text is a number": ({"texts": [7], "images": [None]}, "position 0 needs an image or a text"),
+    "a document's image is not there": ({"texts": ["a", None], "images": [None, "none.png"]}, "is not in"),
+    "MMC4: an image of no text": (
+        {"text_list": ["a"], "image_info": [{"image_name": "a.png", "matched_text_index": 1}]},
+        "image 0 needs a matched_text_index from 0 to 0",
+    ),
+    "MMC4: a text is a number": ({"text_list": [7], "image_info": []}, "text_list must be a list of texts"),
     "a list": ([1], "a row is an object, not list"),
     "nothing": (None, "a row is an object, not NoneType"),
     "no keys": ({}, r"unknown kind of row \(keys: none\); known: messages, conversations, captions"),

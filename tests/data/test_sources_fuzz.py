@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data import records
 from data.formats import ROW_FORMATS, read_row
 from data.records import Record
 from data.sources import FORMATS, Source, open_source
@@ -129,6 +130,22 @@ def test_a_row_is_a_record_or_one_error(root: Path, row: Any, format: str | None
         assert len(error) < 1000
     else:
         check(record, root)
+
+
+STEPS = st.lists(st.sampled_from(["a.png", "sub", "b.png", "..", ".", "", "around", "images", "out.png", "circle.png"]))
+
+
+@given(steps=STEPS)
+@settings(max_examples=300 * DEPTH, deadline=None)
+def test_the_quick_look_at_an_image_finds_what_the_careful_one_does(root: Path, steps: list[str]) -> None:
+    name = "/".join(steps) or "."
+    careful, _ = tried(lambda: records._find_carefully("rows:3", name, root))
+    assert tried(lambda: records.find_image("rows:3", name, root))[0] == careful
+    try:
+        quick = records._find_quickly(name, root)
+    except (OSError, ValueError):
+        quick = None
+    assert quick in (None, careful)
 
 
 def count(source: Source) -> int:
