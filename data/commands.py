@@ -1,7 +1,6 @@
 """Command-line entries of data: arguments here, work in the modules they name."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +11,13 @@ if TYPE_CHECKING:
 
 WIDE = 1000  # columns where no terminal has fewer: a file's line isn't broken
 
-from vlm.arguments import positive, share
-
 
 def data(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
         "  vlm data check rows.jsonl --images photos --model runs/demo/model --report check.html\n"
         "  vlm data show rows.jsonl 17 --model runs/demo/model\n"
+        "  vlm data convert rows.json --out shards --to webdataset\n"
         "  vlm data scenes --out runs/scenes --train 2000\n"
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -44,7 +42,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", help="what SOURCE is, where it isn't found rightly (an unknown one lists all)")
     parser.add_argument("--images", type=Path, help="the folder that SOURCE's image paths are relative to")
     parser.add_argument("--shard-size", type=positive, default=1000, help="samples of a shard (default 1000)")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=natural, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--max-bad", type=share, default=0.0, help="broken rows to accept: 0.005 or 0.5%% (default 0)")
     parser.set_defaults(run=_convert)
 
@@ -53,12 +51,13 @@ def _convert(options: argparse.Namespace) -> int:
     from data.convert import convert
     from data.rows import image_folder
     from data.sources import open_source
+    from data.workers import processors
     from vlm.errors import UserError
 
     source = open_source(options.source, options.images, options.format)
     print(f"{options.source}: {len(source)} rows of {source.format}")
     size = options.shard_size if options.to == "webdataset" else None
-    done = convert(source, options.out, options.to, size, options.workers)
+    done = convert(source, options.out, options.to, size, processors() if options.workers is None else options.workers)
     print(f"{options.out}: {done.good} rows")
     if options.to == "messages" and not source.holds_images and image_folder(options.out) != source.images:
         print(f"its images are in {source.images}: read it with --images {source.images}")

@@ -2,18 +2,15 @@
 
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +18,7 @@ from data.pictures import ImageRef
 from data.progress import progress
 from data.records import Record
 from data.rows import Source
+from data.workers import Workers
 from vlm.errors import UserError
 from vlm.images import image_format
 
@@ -68,6 +66,23 @@ class Job:
     def shard(self, number: int) -> Path:
         return self.out / f"{number:06d}.tar"
 
+    def write_part(self, number: int) -> int:
+        bad: list[dict[str, str]] = []
+        good = 0
+        path = self.rows(number) if self.to == "messages" else self.shard(number)
+        with _aside(path) as aside, (Lines if self.to == "messages" else Shard)(self, aside) as writer:
+            for index in range(number * self.size, min((number + 1) * self.size, len(self.source))):
+                try:
+                    writer.add(index, self.source[index])
+                    good += 1
+                except UserError as error:
+                    where = self.source.where(index)
+                    bad.append({"where": where, "reason": str(error).removeprefix(f"{where}: ")})
+        if not good and self.to == "webdataset":
+            path.unlink()  # a tar without samples is of no use to anybody
+        _write(self.report(number), json.dumps({"good": good, "bad": bad}).encode())
+        return number
+
     def state(self) -> dict[str, Any]:
         """What finished parts hold for: of another source or another plan they're of no use."""
         files = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in self.source.files()]
@@ -76,7 +91,7 @@ class Job:
         return dict(zip(("files", "format", "images", "rows", "to", "size"), (files, *told), strict=True))
 
 
-def convert(source: Source, out: Path, to: Target = "messages", size: int | None = None, workers: int = 1) -> Converted:
+def convert(source: Source, out: Path, to: Target = "messages", size: int | None = None, workers: int = 0) -> Converted:
     """Writes a source anew. Broken rows go to OUT.quarantine.jsonl; a run that was killed goes on where it was."""
     job = Job(source, out, to, size or (ROWS_OF_A_PART if to == "messages" else SAMPLES_OF_A_SHARD))
     if to == "messages" and out.suffix != ".jsonl":
@@ -88,8 +103,10 @@ def convert(source: Source, out: Path, to: Target = "messages", size: int | None
     kept = job.count() - len(numbers)
     if kept:
         print(f"{out}: {kept} of {job.count()} parts are there from before", file=sys.stderr)
-    with progress(f"writing {out.name}", job.count()) as tell:
-        for done, _ in enumerate(_run(job, numbers, workers), start=kept + 1):
+    make = partial(Job, source, out, to, job.size)
+    count = min(workers, len(numbers)) if len(numbers) > 1 else 0
+    with progress(f"writing {out.name}", job.count()) as tell, Workers(make, count) as pool:
+        for done, _ in enumerate(pool.map("write_part", zip(numbers)), start=kept + 1):
             tell(done)
     return _finish(job)
 
@@ -99,6 +116,8 @@ def _prepare(job: Job) -> None:
     plan, state = job.parts / "plan.json", job.state()
     if plan.is_file():
         if json.loads(plan.read_text()) == state:
+            for left in (*job.out.glob("*.tar.*.new"), *(job.out.parent / "images").glob("*/*.new")):
+                left.unlink()  # of processes that were killed
             return
         print(f"{job.parts}: parts of another conversion; it begins anew", file=sys.stderr)
         shutil.rmtree(job.parts)
@@ -110,60 +129,6 @@ def _prepare(job: Job) -> None:
     if job.to == "webdataset":
         job.out.mkdir(parents=True, exist_ok=True)
     _write(plan, json.dumps(state).encode())
-
-
-def _run(job: Job, numbers: list[int], workers: int) -> Iterator[int]:
-    """The parts that are finished, as they are."""
-    workers = min(workers, len(numbers))
-    if workers < 2:
-        for number in numbers:
-            _write_part(job, number)
-            yield number
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(job,))
-    try:
-        rest, running = iter(numbers), set[Future[int]]()
-        while True:
-            running |= {pool.submit(_work, number) for number in islice(rest, 2 * workers - len(running))}
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_job: Job  # of a worker process
-
-
-def _begin(job: Job) -> None:
-    global _job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    _job = job
-
-
-def _work(number: int) -> int:
-    _write_part(_job, number)
-    return number
-
-
-def _write_part(job: Job, number: int) -> None:
-    bad: list[dict[str, str]] = []
-    good = 0
-    path = job.rows(number) if job.to == "messages" else job.shard(number)
-    with _aside(path) as aside, (Lines if job.to == "messages" else Shard)(job, aside) as writer:
-        for index in range(number * job.size, min((number + 1) * job.size, len(job.source))):
-            try:
-                writer.add(index, job.source[index])
-                good += 1
-            except UserError as error:
-                where = job.source.where(index)
-                bad.append({"where": where, "reason": str(error).removeprefix(f"{where}: ")})
-    if not good and job.to == "webdataset":
-        path.unlink()  # a tar without samples is of no use to anybody
-    _write(job.report(number), json.dumps({"good": good, "bad": bad}).encode())
 
 
 class Lines:

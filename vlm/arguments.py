@@ -24,11 +24,3 @@ def _at_least(least: int, text: str) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value
-
-
-def share(text: str) -> float:
-    """0.005 and 0.5% are the same."""
-    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, or from 0% to 100%, got {text}")
-    return value
