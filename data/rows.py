@@ -86,23 +86,6 @@ class Source(ABC):
                 found[name] = None
         return list(found)
 
-    def check(self, images: int | None = None) -> None:
-        """Reads every row once, so that a run doesn't find a broken one hours later. Raises for the first.
-
-        images: rows with another number of them are broken, too.
-        """
-        broken: list[str] = []
-        for index in range(len(self)):
-            try:
-                record = self[index]
-                if images is not None and len(record.images) != images:
-                    raise UserError(f"{record.where}: has {len(record.images)} images, where the stage takes {images}")
-            except UserError as error:
-                broken.append(str(error))
-        if broken:
-            more = f" ({len(broken) - 1} more broken rows)" if len(broken) > 1 else ""
-            raise UserError(f"{broken[0]}{more}")
-
 
 class FileRows(Source):
     """Rows that lie one behind the other in a file: row i is the bytes from `starts[i]` to `starts[i + 1]`."""

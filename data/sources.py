@@ -91,7 +91,8 @@ def _open(name: str, images: Path | None, format: str | None) -> Source:
         return Columns(Path(hub), [], images, rows, split)
     questions, plus, annotations = name.partition("+")
     if plus and Path(questions).is_file():
-        return VQAv2(Path(questions), images, Path(annotations))
+        beside = Path(questions).with_name(annotations) if "/" not in annotations else Path(annotations)
+        return VQAv2(Path(questions), images, beside if beside.is_file() else Path(annotations))
     whole, at, split = name.rpartition("@")
     if at and Path(whole).is_dir():
         return _open_folder(Path(whole), images, rows, split)

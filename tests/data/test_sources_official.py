@@ -88,6 +88,9 @@ def test_vqav2_answers_may_be_named_and_are_needed(tmp_path: Path) -> None:
     picture(tmp_path / "a" / "9.jpg")
     with pytest.raises(UserError, match=r"questions\.json: questions without answers; no annotations\.json beside it"):
         open_source(questions)
+    beside = open_source(f"{questions}+{write(tmp_path / 'a' / 'mine.json', ANNOTATIONS).name}")
+    assert [said(record)[1] for record in beside] == ["a cat", "2"]
+    (tmp_path / "a" / "mine.json").unlink()
     source = open_source(f"{questions}+{answers}")
     assert [said(record)[1] for record in source] == ["a cat", "2"]
     same_after_pickling(source)
@@ -248,7 +251,7 @@ def test_official_files_go_through_pickle_and_their_format_may_be_said(tmp_path:
         (write(tmp_path / "c.json", rows), "coco"),
     ):
         source = open_source(path, format=name)
-        source.check()
+        assert [*source]
         same_after_pickling(source)
     with pytest.raises(UserError, match=r"gqa\.json: not a file of vqav2, but of gqa"):
         open_source(gqa, format="vqav2")
