@@ -24,12 +24,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VLM_CACHE") or "~/.cache/vlm").expanduser()
 
 
-def indexed(kind: str, path: Path, build: Callable[[BinaryIO, Tell], Arrays], keep: bool = True) -> Arrays:
-    """What `build` makes of a file: remembered by the file's path, size and time of change when it is a big one."""
+def indexed(kind: str, path: Path, build: Callable[[BinaryIO, Tell], Arrays], keep_from: float | None = None) -> Arrays:
+    """What `build` makes of a file: remembered by the file's path, size and time of change when it is a big one.
+
+    keep_from: bytes of a big one (by default KEEP_FROM); less where there are many of them.
+    """
     try:
         with path.open("rb") as file:
             state = os.fstat(file.fileno())
-            if state.st_size < KEEP_FROM or not keep:
+            if state.st_size < (KEEP_FROM if keep_from is None else keep_from):
                 return _build(path, file, state.st_size, build)
             name = os.path.abspath(path)  # noqa: PTH100 (Path.absolute keeps the dots)
             key = f"{_VERSION}\n{kind}\n{name}\n{state.st_size}\n{state.st_mtime_ns}".encode(errors="surrogateescape")

@@ -1,5 +1,6 @@
 """WebDataset: tars of samples, a sample being the files of one name up to its first dot, one behind the other."""
 
+import math
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from data.scanner import MOST_BYTES
 from vlm.errors import UserError, first_line
 
 _BLOCK = 512
+_KEEP_FROM = 1 << 20  # bytes of a shard; there may be thousands, opened anew by each worker
 _TEXTS = ("json", "txt", "caption")
 
 
@@ -164,7 +166,8 @@ def _named(row: Any, pictures: dict[str, ImageSlice], where: str) -> Any:
 
 
 def _index(shard: Path, keep: bool) -> np.ndarray[Any, Any]:
-    return indexed("tar", shard, lambda file, tell: index_tar(file, tell, shard), keep)["starts"]
+    keep_from = _KEEP_FROM if keep else math.inf
+    return indexed("tar", shard, lambda file, tell: index_tar(file, tell, shard), keep_from)["starts"]
 
 
 def index_tar(file: BinaryIO, tell: Tell, shard: Path) -> Arrays:

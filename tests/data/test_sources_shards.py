@@ -153,6 +153,16 @@ def test_shards_are_named_by_braces_by_stars_and_by_their_folder(tmp_path: Path)
         open_source(tmp_path / "s-{010..012}.tar")
 
 
+def test_the_indexes_of_shards_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    for number in range(2):
+        shard(tmp_path / f"{number}.tar", (f"{number}.jpg", png() + bytes(2 << 20)), (f"{number}.txt", b"x"))
+    first = [*open_source(tmp_path)]
+    monkeypatch.setattr("data.shards.index_tar", None)
+    assert [*open_source(tmp_path)] == first
+    assert len([*(tmp_path / "cache" / "index").iterdir()]) == 2
+
+
 def test_train_and_test_are_not_mixed(tmp_path: Path) -> None:
     for name in ("train-0", "train-1", "val-0"):
         shard(tmp_path / f"{name}.tar", ("a.jpg", png()), ("a.txt", name.encode()))
