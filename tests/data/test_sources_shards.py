@@ -112,14 +112,16 @@ def test_metadata_beside_a_text_is_left_alone_and_a_caption_in_it_is_read(tmp_pa
     assert [r.captions for r in open_source(shard(tmp_path / "a.tar", *members))] == [("one",), ("two",)]
 
 
-def link(name: str, target: str) -> tarfile.TarInfo:
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = tarfile.SYMTYPE, target
+    info.type, info.linkname = kind, target
     return info
 
 
 BAD_SAMPLES: dict[str, tuple[list[Any], str]] = {
-    "a link": ([link("a.jpg", "/etc/passwd"), ("a.txt", b"x")], "a.jpg is no plain file"),
+    "a link": ([special("a.jpg", tarfile.SYMTYPE, "/etc/passwd"), ("a.txt", b"x")], "a.jpg is no plain file"),
+    "a device": ([special("a.jpg", tarfile.CHRTYPE), ("a.txt", b"x")], "a.jpg is no plain file"),
+    "a file with holes": ([special("a.jpg", tarfile.GNUTYPE_SPARSE), ("a.txt", b"x")], "a.jpg is no plain file"),
     "two of a kind": ([("a.jpg", png()), ("a.jpg", png()), ("a.txt", b"x")], r"two of its files end in \.jpg"),
     "no picture": ([("a.txt", b"x")], "named by its path, got None"),
     "a blank caption": ([("a.jpg", png()), ("a.txt", b" ")], "captions must be one text or a list of them, none empty"),
