@@ -149,7 +149,7 @@ def check_source(
 
 
 def examine(source: Source, spec: "ModelSpec | None", decode_all: bool, workers: int | None) -> Table:
-    ids = source.path.suffix in (".json", ".jsonl") and _have_ids(source)
+    ids = _have_ids(source)
     count = _processes(len(source) * (1 if spec is None else 10), workers)
     with Workers(partial(Checker, source, spec, ids), count) as pool:
         step = CHUNK if spec is None else FEW
@@ -275,6 +275,9 @@ def _groups(values: Numbers) -> tuple[list[list[int]], int]:
 
 
 def _have_ids(source: Source) -> bool:
+    """Whether one of the first rows has one, where rows are what is read of them."""
+    if type(source).__getitem__ is not Source.__getitem__:
+        return False
     for number in range(min(20, len(source))):
         try:
             row = source.row(number)

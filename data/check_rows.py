@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.formats import read_row
 from data.looks import look
 from data.pictures import ImageBytes, ImageRef, image_size, load_image
 from data.records import Record
@@ -41,7 +42,8 @@ class Rows:
 
 
 class Checker:
-    """Looks at the rows of a source, and with a model at their tokens."""
+    """Looks at the rows of a source, and with a model at their tokens. ids: rows have ids, and are read as any Source
+    reads them, so that each is parsed but once for both."""
 
     def __init__(self, source: Source, spec: "ModelSpec | None" = None, ids: bool = False) -> None:
         self.source, self.ids = source, ids
@@ -58,12 +60,18 @@ class Checker:
         bad: list[tuple[int, str]] = []
         told: list[Any] = []
         for number in range(start, stop):
+            name = 0
             try:
-                record = self.source[number]
+                if self.ids:
+                    row = self.source.row(number)
+                    name = _id(row)
+                    record = read_row(row, self.source.where(number), self.source.images, self.source.row_format)
+                else:
+                    record = self.source[number]
                 length = self._measure(record, number)
             except UserError as error:
                 bad.append((number, self._reason(error, number)))
-                told.append((False, 0, 0, 0, 0, 0, self._id(number), getattr(error, "tokens", 0), 0, 0, 0))
+                told.append((False, 0, 0, 0, 0, 0, name, getattr(error, "tokens", 0), 0, 0, 0))
                 continue
             names = [os.fspath(image) if isinstance(image, Path) else str(image) for image in record.images]
             words, characters, said = _words(record)
@@ -76,13 +84,13 @@ class Checker:
                     characters,
                     said,
                     _number(same.encode("utf-8", "surrogatepass")),
-                    self._id(number),
+                    name,
                     *((length.tokens, length.kept, length.supervised, length.dropped) if length else (0, 0, 0, 0)),
                 )
             )
-            for place, (image, name) in enumerate(zip(record.images, names, strict=True)):
+            for place, (image, file) in enumerate(zip(record.images, names, strict=True)):
                 places.append((number, place))
-                keys.append(_digest(image.data if isinstance(image, ImageBytes) else os.fsencode(name)))
+                keys.append(_digest(image.data if isinstance(image, ImageBytes) else os.fsencode(file)))
         rows[:] = told
         shown = np.zeros(len(places), SHOWN)
         if places:
@@ -133,20 +141,13 @@ class Checker:
     def _reason(self, error: UserError, number: int) -> str:
         return str(error).removeprefix(f"{self.source.where(number)}: ")
 
-    def _id(self, number: int) -> int:
-        """A digest of the row's own id; 0 where it has none."""
-        if not self.ids:
-            return 0
-        try:
-            row = self.source.row(number)
-        except UserError:
-            return 0
-        name = row.get("id") if isinstance(row, dict) else None
-        return (
-            _number(f"{type(name).__name__} {name}".encode("utf-8", "surrogatepass"))
-            if isinstance(name, (str, int))
-            else 0
-        )
+
+def _id(row: Any) -> int:
+    """A digest of the row's own id; 0 where it has none."""
+    name = row.get("id") if isinstance(row, dict) else None
+    if not isinstance(name, (str, int)):
+        return 0
+    return _number(f"{type(name).__name__} {name}".encode("utf-8", "surrogatepass"))
 
 
 def _words(record: Record) -> tuple[list[str], int, int]:
