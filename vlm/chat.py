@@ -7,8 +7,10 @@ literal `<image>` or `<|end|>` in a text stays text. The result is checked again
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -170,14 +172,11 @@ class ChatEncoder:
                 speaking = None
                 continue
             encoding = self._encode("".join(segment.text for segment in piece), inner=bool(ids))
-            ends: list[tuple[int, int | None]] = []
-            length = 0
             for segment in piece:
-                length += len(segment.text)
-                ends.append((length, segment.message))
                 speaking = speaking if segment.message is None else segment.message
+            ends = list(accumulate(len(segment.text) for segment in piece))
             ids += encoding.ids
-            owners += [next(message for end, message in ends if stop <= end) for _, stop in encoding.offsets]
+            owners += [piece[bisect_left(ends, stop)].message for _, stop in encoding.offsets]
         if num_images != len(placeholders):
             raise UserError(f"the chat template shows {num_images} images, and there are {len(placeholders)}")
         supervised = [owner is not None and messages[owner]["role"] == "assistant" for owner in owners]
