@@ -185,6 +185,20 @@ def test_tokens_are_those_of_training(folder: Path, tiny_models: TinyModels) -> 
     assert check(folder / "rows.jsonl", ModelSpec(spec.model)).context == 512
 
 
+def test_a_language_model_is_read_as_what_it_is_to_become(folder: Path, tiny_tokenizer: Any) -> None:
+    from transformers import LlamaConfig
+
+    model = folder / "lm"
+    LlamaConfig(max_position_embeddings=300).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    path = write(folder, [row("0.png"), row()])
+    findings = check(path, ModelSpec(str(model), image_tokens=200))
+    assert (findings.context, findings.image_tokens) == (300, 200)
+    with_image, without = findings.table.rows["tokens"].tolist()
+    assert with_image == without + 200
+    assert len(check(path, ModelSpec(str(model))).table.bad) == 1  # 576 tokens for an image
+
+
 def test_a_model_that_cant_be_read_is_one_sentence(folder: Path) -> None:
     path = write(folder, [row()])
     with pytest.raises(UserError, match="no such model folder"):
