@@ -1,7 +1,6 @@
 """What the numbers of a check come to: histograms, shares, what fits the context, how full packed rows would be."""
 
 import re
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ from data.check import BadRow, Findings, Table
 from data.check_rows import Numbers
 
 LONGEST = 20
-WINDOW = 4096  # rows that are packed at a time
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def lengths(findings: Findings) -> Lengths | None:
         return None
     rows = findings.table.rows
     fits, context = rows[rows["good"]], findings.context
-    fill, bins = packing_fill(fits["kept"], context) if context is not None and len(fits) else (None, 0)
+    fill, bins = packing_fill(fits["kept"], fits["images"], context) if context is not None and len(fits) else (None, 0)
     too_long = int(np.sum(~rows["good"] & (rows["tokens"] > (context or 1 << 62))))
     return Lengths(
         context,
@@ -116,18 +114,16 @@ def lengths(findings: Findings) -> Lengths | None:
     )
 
 
-def packing_fill(tokens: Numbers, context: int) -> tuple[float, int]:
-    """Share of real tokens when rows of these lengths are packed into as few of `context` as the largest first, each
-    where it leaves the least room, reach; and how many those are."""
-    bins = 0
-    for start in range(0, len(tokens), WINDOW):
-        rooms: list[int] = []
-        for length in sorted(tokens[start : start + WINDOW].tolist(), reverse=True):
-            place = bisect_left(rooms, length)
-            room = rooms.pop(place) if place < len(rooms) else context
-            bins += room == context
-            insort(rooms, room - length)
-    return float(tokens.sum()) / (bins * context), bins
+def packing_fill(tokens: Numbers, images: Numbers, context: int) -> tuple[float, int]:
+    """Share of real tokens in packed rows of `context`, and how many those are, with the defaults of training."""
+    from data.packing import Packing, pack
+
+    order = np.random.default_rng(0).permutation(len(tokens))
+    packing, packed = Packing("pack"), 0
+    for start in range(0, len(order), packing.window):
+        part = order[start : start + packing.window]
+        packed += len(pack(tokens[part].tolist(), images[part].tolist(), context, packing.most_images(context)))
+    return float(tokens.sum()) / (packed * context), packed
 
 
 def longest(findings: Findings) -> list[tuple[str, int]]:

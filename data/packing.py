@@ -24,6 +24,10 @@ class Packing:
     images: Count | None = None
     window: Count = 1024
 
+    def most_images(self, tokens: int) -> int:
+        """Images that a packed row of `tokens` may have."""
+        return self.images or max(8, tokens // 64)
+
 
 def plan(
     examples: Sequence[Example], packing: Packing, tokens: int, together: int, rng: np.random.Generator
@@ -37,9 +41,8 @@ def plan(
         return [[example] for example in examples]
     if packing.mode == "pack":
         lengths = [len(example.input_ids) for example in examples]
-        rows = pack(
-            lengths, [len(example.images) for example in examples], tokens, packing.images or max(8, tokens // 64)
-        )
+        images = [len(example.images) for example in examples]
+        rows = pack(lengths, images, tokens, packing.most_images(tokens))
         return [[examples[index] for index in rows[number]] for number in rng.permutation(len(rows))]
     order = sorted(range(len(examples)), key=lambda i: (bool(examples[i].images), len(examples[i].input_ids)))
     groups = [order[start : start + together] for start in range(0, len(order), together)]
