@@ -1,13 +1,11 @@
 """Rows that nothing can be learned from: where each is and why, and how to tell of many in a line."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from vlm.errors import UserError
-
-_PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|(?<![\w.])[\w./\\-]*[/\\][\w./\\-]*|\d[\d,.]*")
 
 
 @dataclass(frozen=True)
@@ -24,15 +22,24 @@ class Bad:
     @property
     def kind(self) -> str:
         """The reason without names and numbers: what rows that are broken in the same way share."""
-        return _PARTICULARS.sub("…", self.reason)
+        reason = re.sub(r"(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", "…", self.reason)
+        reason = re.sub(r"(?<![\w.])[^\s:]*/[^:]*(?=: )", "…", reason, count=1)
+        return re.sub(r"\d[\d,]*", "N", reason)
+
+
+Row = TypeVar("Row", bound=Bad)
+
+
+def kinds(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by what is wrong with them, the most frequent first."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.kind, []).append(row)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
 def summarise(rows: Iterable[Bad], most: int = 3) -> str:
-    """The most frequent reasons with their counts, each with its first row."""
-    rows = list(rows)
-    counts = Counter(row.kind for row in rows)
-    first: dict[str, Bad] = {}
-    for row in rows:
-        first.setdefault(row.kind, row)
-    told = [f"{count} x {first[kind].where}: {first[kind].reason}" for kind, count in counts.most_common(most)]
-    return "; ".join(told) + (f"; and {len(counts) - most} other reasons" if len(counts) > most else "")
+    """The most frequent reasons with their counts, each by its first row."""
+    found = list(kinds(rows).values())
+    told = [f"{len(alike)} x {alike[0].where}: {alike[0].reason}" for alike in found[:most]]
+    return "; ".join(told) + (f"; and {len(found) - most} other reasons" if len(found) > most else "")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.bad import Bad
 from data.check_rows import HEADER, ROW, SEEN, SHOWN, Checker, Numbers, Place
 from data.looks import alike
 from data.progress import progress
@@ -25,10 +26,8 @@ MOST_LISTED = 1000  # groups of duplicates and pairs of look-alikes that a repor
 
 
 @dataclass(frozen=True)
-class BadRow:
+class BadRow(Bad):
     number: int
-    where: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def examine(source: Source, spec: "ModelSpec | None", decode_all: bool, workers:
         for row, image in zip(shown["row"][hit].tolist(), which[hit].tolist(), strict=True):
             reasons.setdefault(row, broken[image])
         rows["good"][list(reasons)] = False
-    bad_rows = [BadRow(number, source.where(number), reasons[number]) for number in sorted(reasons)]
+    bad_rows = [BadRow(source.where(number), reasons[number], number) for number in sorted(reasons)]
     return Table(source, rows, shown, first, headers, looks, decoded, bad_rows, len(broken))
 
 

@@ -1,13 +1,12 @@
 """What the numbers of a check come to: histograms, shares, what fits the context, how full packed rows would be."""
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from data.check import BadRow, Findings, Table
+from data.bad import kinds
+from data.check import Findings, Table
 from data.check_rows import Numbers
 
 LONGEST = 20
@@ -58,21 +57,6 @@ def histogram(title: str, values: Numbers, most: int) -> Histogram:
     edges[-1] = max(edges[-1], high)
     counts, edges = np.histogram(values, edges)
     return Histogram(title, edges.tolist(), counts.tolist(), float(np.median(values)), float(values.mean()), high)
-
-
-def kinds(bad: Sequence[BadRow]) -> dict[str, list[BadRow]]:
-    """Bad rows by what is wrong with them, names and numbers left out; the most frequent kind first."""
-    found: dict[str, list[BadRow]] = {}
-    for row in bad:
-        found.setdefault(kind(row.reason), []).append(row)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
-
-
-def kind(reason: str) -> str:
-    """A reason without the names and numbers that differ from row to row."""
-    reason = re.sub(r"(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", "…", reason)
-    reason = re.sub(r"(?<![\w.])[^\s:]*/[^:]*(?=: )", "…", reason, count=1)
-    return re.sub(r"\d[\d,]*", "N", reason)
 
 
 def histograms(findings: Findings, most: int = 20) -> list[Histogram]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import jinja2
 
+from data.bad import kinds
 from data.check import Alike, Findings, Shown
-from data.check_figures import Histogram, histograms, kinds, longest
+from data.check_figures import Histogram, histograms, longest
 from data.check_report import figures, number, warnings
 from data.pictures import load_image
 from data.sources import Source

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from data.bad import kinds
 from data.check import Findings
-from data.check_figures import Histogram, histograms, kinds, lengths, longest, said_share
+from data.check_figures import Histogram, histograms, lengths, longest, said_share
 
 MOST_KINDS, MOST_ROWS, MOST_LONGEST = 12, 3, 5
 BAR, MOST_BARS = 24, 10

@@ -19,8 +19,8 @@ TrainOn = Literal["assistant", "last", "all"]
 class Example:
     """input_ids, labels: [T] (labels are the ids themselves where supervised, IGNORED elsewhere); images in order.
 
-    dropped: messages that were left out for the context's sake; placeholders: image tokens of each image; rng: of what
-    is still drawn for it, the changes of its pictures.
+    dropped: messages (or parts of a document) that were left out for the context's sake; placeholders: image tokens of
+    each image; rng: of what is still drawn for it, the changes of its pictures.
     """
 
     input_ids: list[int]
@@ -50,6 +50,8 @@ def encode_record(
     placeholders: image tokens that stand for each of its images. UserError with file:line when even the first turn
     doesn't fit, or when nothing in the row is supervised.
     """
+    if record.kind == "document":
+        return _encode_document(record, chat, context, rng, placeholders)
     messages = list(record.messages)
     if len(record.captions) > 1:
         caption = record.captions[int(rng.integers(len(record.captions)))]
@@ -64,14 +66,54 @@ def encode_record(
             f"{record.where}: {len(tokens.input_ids)} tokens ({sum(placeholders)} of them for {len(placeholders)} "
             f"images) don't fit the context of {context}"
         )
-    dropped = len(record.messages) - len(messages)
-    said = _last_answer(tokens.supervised) if train_on == "last" else tokens.supervised
-    labels = [
-        token if (learned or train_on == "all") and token != chat.image_token_id else IGNORED
-        for token, learned in zip(tokens.input_ids, said, strict=True)
-    ]
+    said = tokens.supervised
+    if train_on == "last":
+        last = len(messages) - 1
+        said = [learned and whose == last for learned, whose in zip(said, tokens.messages, strict=True)]
+    elif train_on == "all":
+        said = [token != chat.image_token_id for token in tokens.input_ids]
+    return _example(record, tokens.input_ids, said, len(record.messages) - len(messages), placeholders, rng)
+
+
+def _encode_document(
+    record: Record, chat: ChatEncoder, context: int, rng: np.random.Generator, placeholders: Sequence[int]
+) -> Example:
+    """Text and images as they stand, between the tokenizer's beginning and its end, without a template (Flamingo,
+    section 2.5). All its text is learned; what doesn't fit the context is left out from the end, images whole."""
+    tokenizer = chat.tokenizer
+    ids: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    said = [False] * len(ids)
+    shown, left_out = 0, 0
+    for part in record.messages[0]["content"]:
+        if part["type"] == "image":
+            assert chat.image_token_id is not None
+            more = [chat.image_token_id] * placeholders[shown]
+        else:
+            more = chat.encode_text(part["text"], inner=bool(ids))
+        if left_out or (part["type"] == "image" and len(ids) + len(more) > context):
+            left_out += 1
+            continue
+        shown += part["type"] == "image"
+        left_out += len(ids) + len(more) > context
+        ids = [*ids, *more][:context]
+        said = [*said, *([part["type"] != "image"] * len(more))][:context]
+    if not left_out and tokenizer.eos_token_id is not None and len(ids) < context:
+        ids.append(tokenizer.eos_token_id)
+        said.append(True)
+    return _example(record, ids, said, left_out, placeholders[:shown], rng)
+
+
+def _example(
+    record: Record,
+    ids: list[int],
+    said: Sequence[bool],
+    dropped: int,
+    placeholders: Sequence[int],
+    rng: np.random.Generator,
+) -> Example:
+    labels = [token if learned else IGNORED for token, learned in zip(ids, said, strict=True)]
     images = record.images[: len(placeholders)]
-    example = Example(tokens.input_ids, labels, images, record.where, dropped, tuple(placeholders), rng)
+    example = Example(ids, labels, images, record.where, dropped, tuple(placeholders), rng)
     if example.supervised == 0:
         raise UserError(f"{record.where}: no token of it would be learned")
     return example
@@ -82,13 +124,6 @@ def _encode(where: str, messages: Sequence[Message], chat: ChatEncoder, placehol
         return chat.encode(messages, placeholders)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _last_answer(supervised: Sequence[bool]) -> list[bool]:
-    """The last of the stretches that are supervised, alone."""
-    end = max((index for index, said in enumerate(supervised) if said), default=-1)
-    start = max((index for index, said in enumerate(supervised[: end + 1]) if not said), default=-1)
-    return [start < index <= end for index in range(len(supervised))]
 
 
 def _count_images(message: Message) -> int:

@@ -13,10 +13,15 @@ def natural(text: str) -> int:
 
 def share(text: str) -> float:
     """A part of a whole: 0.005 or 0.5%."""
-    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    value = fraction(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1 (or 0% and 100%), got {text}")
     return value
+
+
+def fraction(text: str) -> float:
+    """0.005 or 0.5% as a number; ValueError for anything else."""
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
 def _at_least(least: int, text: str) -> int:

@@ -182,9 +182,9 @@ class ChatEncoder:
         supervised = [owner is not None and messages[owner]["role"] == "assistant" for owner in owners]
         return ChatTokens(ids, supervised, owners)
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; control tokens in it are text."""
-        ids: list[int] = self._encode(text).ids
+    def encode_text(self, text: str, inner: bool = False) -> list[int]:
+        """Ids of plain text; control tokens in it are text. inner: something stands before it."""
+        ids: list[int] = self._encode(text, inner).ids
         return ids
 
     def _encode(self, text: str, inner: bool = False) -> Any:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, g
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from vlm.arguments import fraction
 from vlm.errors import UserError
 
 T = TypeVar("T")
@@ -22,19 +23,8 @@ Natural = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0)]
 
-
-def read_share(value: Any) -> Any:
-    """A share as a number, also where it's written as percent; what else it can be is pydantic's to say."""
-    text = value.strip() if isinstance(value, str) else ""
-    if not text.endswith("%"):
-        return value
-    try:
-        return float(text[:-1]) / 100
-    except ValueError:
-        return value
-
-
-Share = Annotated[float, BeforeValidator(read_share), Field(ge=0, le=1)]  # .005 or "0.5%"
+_Fraction = BeforeValidator(lambda value: fraction(value.strip()) if isinstance(value, str) else value)
+Share = Annotated[float, _Fraction, Field(ge=0, le=1)]  # .005 or "0.5%"
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 

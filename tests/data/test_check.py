@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.check import Findings, check_source
-from data.check_figures import as_json, histogram, kind, lengths, packing_fill
+from data.check_figures import as_json, histogram, lengths, packing_fill
 from data.check_model import ModelSpec
 from data.check_page import write_page
 from data.sources import open_source
@@ -279,14 +279,6 @@ def test_the_fill_is_that_of_packing() -> None:
     fill, packed = packing_fill(many, np.zeros(5000, int), 512)
     assert fill == pytest.approx(many.sum() / (512 * packed))
     assert fill > 0.97
-
-
-def test_reasons_are_grouped_by_kind() -> None:
-    assert kind("image 'a b.png' is not in /x") == kind("image 'it\\'s.png' is not in /x") == "image … is not in /x"
-    assert kind("message 3: an empty answer") == "message N: an empty answer"
-    said = "the conversation doesn't end with an assistant's answer"
-    assert kind(said) == said
-    assert kind("/a/b 1.png: empty, not an image") == kind("/c/d.jpg: empty, not an image")
 
 
 # what files of rows may hold: sound rows, and everything else

@@ -136,3 +136,68 @@ def test_a_row_of_which_nothing_would_be_learned_is_refused(processor: VisionLan
     row = record((0, "what", " "))
     with pytest.raises(UserError, match=r"rows\.jsonl:3: no token of it would be learned"):
         encode_record(row, silent, 512, "assistant", np.random.default_rng(0))
+
+
+@given(turns=TURNS)
+@settings(max_examples=40, deadline=None)
+def test_last_learns_the_last_answer_of_what_fits_and_nothing_else(
+    processor: VisionLanguageProcessor, turns: list[tuple[int, str, str]]
+) -> None:
+    row = record(*turns)
+    every, last = encode(row, processor), encode(row, processor, train_on="last")
+    end = processor.tokenizer.eos_token_id
+    learned = [label for label in last.labels if label != IGNORED]
+    assert processor.tokenizer.decode(learned[:-1]) == turns[-1][2]
+    assert learned[-1] == end
+    assert [label for label in every.labels if label != IGNORED][-len(learned) :] == learned
+    short = encode(row, processor, context=len(last.input_ids) - 1, train_on="last") if len(turns) > 1 else None
+    if short is not None:
+        kept = turns[: len(turns) - short.dropped // 2]
+        assert processor.tokenizer.decode([label for label in short.labels if label != IGNORED][:-1]) == kept[-1][2]
+
+
+def document(*parts: str | None) -> Record:
+    """None stands for an image."""
+    content = [IMAGE_PART if part is None else text_part(part) for part in parts]
+    images = tuple(Path(f"{n}.png") for n in range(parts.count(None)))
+    return Record("rows.jsonl:3", ({"role": "document", "content": content},), images, kind="document")
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+def test_a_document_is_its_text_and_images_in_order_all_text_learned(
+    processor: VisionLanguageProcessor, train_on: TrainOn
+) -> None:
+    parts = ("a cat ", None, " and <image> <|end|> a dog", None, None, "!")
+    example = encode(document(*parts), processor, train_on=train_on)
+    image, end = processor.image_token_id, processor.tokenizer.eos_token_id
+    expected = [
+        token for part in parts for token in ([image] * PER_IMAGE if part is None else processor.chat.encode_text(part))
+    ]
+    assert example.input_ids == [*expected, end]
+    assert example.labels == [IGNORED if token == image else token for token in [*expected, end]]
+    assert example.placeholders == (PER_IMAGE,) * 3
+    assert processor.tokenizer.decode(processor.chat.encode_text(parts[2] or "")) == parts[2]
+
+
+def test_a_document_begins_as_its_tokenizer_does(processor: VisionLanguageProcessor) -> None:
+    from copy import copy
+
+    tokenizer = copy(processor.tokenizer)
+    tokenizer.bos_token = tokenizer.pad_token
+    chat = ChatEncoder(tokenizer, None, IMAGE_TOKEN)
+    made = encode_record(document("a"), chat, 9, "all", np.random.default_rng(0))
+    assert (made.input_ids[0], made.labels[0]) == (tokenizer.bos_token_id, IGNORED)
+
+
+@pytest.mark.parametrize("context", range(2, 30))
+def test_a_document_that_does_not_fit_loses_its_end_and_no_image_is_cut(
+    processor: VisionLanguageProcessor, context: int
+) -> None:
+    row = document("a cat ", None, " and a dog", None, "!")
+    whole = encode(row, processor)
+    cut = encode(row, processor, context=context)
+    assert cut.input_ids == whole.input_ids[: len(cut.input_ids)]
+    assert len(cut.input_ids) <= context
+    count = cut.input_ids.count(processor.image_token_id)
+    assert (count, len(cut.images)) == (PER_IMAGE * len(cut.images), len(cut.placeholders))
+    assert bool(cut.dropped) == (len(cut.input_ids) < len(whole.input_ids) - 1)
