@@ -19,8 +19,8 @@ TrainOn = Literal["assistant", "last", "all"]
 class Example:
     """input_ids, labels: [T] (labels are the ids themselves where supervised, IGNORED elsewhere); images in order.
 
-    dropped: messages (or parts of a document) that were left out for the context's sake; placeholders: image tokens of
-    each image; rng: of what is still drawn for it, the changes of its pictures.
+    dropped: messages that were left out for the context's sake (1 for a document that was cut); placeholders: image
+    tokens of each image; rng: of what is still drawn for it, the changes of its pictures.
     """
 
     input_ids: list[int]
@@ -75,32 +75,40 @@ def encode_record(
     return _example(record, tokens.input_ids, said, len(record.messages) - len(messages), placeholders, rng)
 
 
+def tokenise(record: Record, chat: ChatEncoder, placeholders: Sequence[int]) -> ChatTokens:
+    """All of a record, however long it is. A document's text and images stand between the tokenizer's beginning and its
+    end, without a template, and all its text is learned (Flamingo, section 2.5)."""
+    if record.kind == "chat":
+        return chat.encode(record.messages, placeholders)
+    begin, end, image = chat.tokenizer.bos_token_id, chat.tokenizer.eos_token_id, chat.image_token_id
+    ids = [] if begin is None else [begin]
+    said = [False] * len(ids)
+    counts = iter(placeholders)
+    for part in record.messages[0]["content"]:
+        shown = part["type"] == "image"
+        assert image is not None
+        more = [image] * next(counts) if shown else chat.encode_text(part["text"], inner=bool(ids))
+        ids += more
+        said += [not shown] * len(more)
+    whose: list[int | None] = [0] * len(ids)
+    return ChatTokens(ids, said, whose) if end is None else ChatTokens([*ids, end], [*said, True], [*whose, None])
+
+
 def _encode_document(
     record: Record, chat: ChatEncoder, context: int, rng: np.random.Generator, placeholders: Sequence[int]
 ) -> Example:
-    """Text and images as they stand, between the tokenizer's beginning and its end, without a template (Flamingo,
-    section 2.5). All its text is learned; what doesn't fit the context is left out from the end, images whole."""
-    tokenizer = chat.tokenizer
-    ids: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    said = [False] * len(ids)
-    shown, left_out = 0, 0
-    for part in record.messages[0]["content"]:
-        if part["type"] == "image":
-            assert chat.image_token_id is not None
-            more = [chat.image_token_id] * placeholders[shown]
-        else:
-            more = chat.encode_text(part["text"], inner=bool(ids))
-        if left_out or (part["type"] == "image" and len(ids) + len(more) > context):
-            left_out += 1
-            continue
-        shown += part["type"] == "image"
-        left_out += len(ids) + len(more) > context
-        ids = [*ids, *more][:context]
-        said = [*said, *([part["type"] != "image"] * len(more))][:context]
-    if not left_out and tokenizer.eos_token_id is not None and len(ids) < context:
-        ids.append(tokenizer.eos_token_id)
-        said.append(True)
-    return _example(record, ids, said, left_out, placeholders[:shown], rng)
+    """What doesn't fit the context is left out from the end, images whole."""
+    tokens = tokenise(record, chat, placeholders)
+    places = [place for place, token in enumerate(tokens.input_ids) if token == chat.image_token_id]
+    end, shown, before = min(context, len(tokens.input_ids)), 0, 0
+    for count in placeholders:
+        first, last = places[before], places[before + count - 1]
+        if last >= end:
+            end = min(end, first)
+            break
+        shown, before = shown + 1, before + count
+    cut = int(end < len(tokens.input_ids))
+    return _example(record, tokens.input_ids[:end], tokens.supervised[:end], cut, placeholders[:shown], rng)
 
 
 def _example(

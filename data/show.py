@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from data.check_model import ModelSpec, Reader
 
-STYLES = {"system": "magenta", "user": "cyan", "assistant": "green"}
+STYLES = {"system": "magenta", "user": "cyan", "assistant": "green", "document": "green"}
 CONTROL, IMAGE = "dim", "bold yellow"
 COLUMNS = 48  # of a drawn picture
 SUPERVISED = "underline"
@@ -74,7 +74,7 @@ def _texts(record: Record) -> "Text":
             if part["type"] == "image":
                 said.append("<image>", IMAGE)
             else:
-                learned = f" {SUPERVISED}" if message["role"] == "assistant" else ""
+                learned = f" {SUPERVISED}" if message["role"] in ("assistant", "document") else ""
                 said.append(printable(part["text"]), style + learned)
         said.append("\n")
     return said
@@ -84,15 +84,18 @@ def _tokens(record: Record, reader: "Reader") -> "Text":
     """The tokens of a row. Control tokens are dim, runs of image tokens folded, what is learned underlined."""
     from rich.text import Text
 
+    from data.encode import tokenise
+
     chat = reader.chat
     placeholders = [reader.placeholders(image) for image in record.images]
     length = reader.measure(record, 0)
-    tokens = chat.encode(list(record.messages), placeholders)
+    tokens = tokenise(record, chat, placeholders)
     control = {index: token.content for index, token in chat.tokenizer.added_tokens_decoder.items()}
     learned, share = sum(tokens.supervised), sum(tokens.supervised) / max(1, len(tokens.input_ids))
     said = Text(f"{len(tokens.input_ids)} tokens, {learned} of them ({share:.0%}) supervised")
     if length.dropped:
-        said.append(f"; the last {length.dropped} messages don't fit the context of {reader.context}", "yellow")
+        lost = f"the last {length.dropped} messages don't" if record.kind == "chat" else "its end doesn't"
+        said.append(f"; {lost} fit the context of {reader.context}", "yellow")
     said.append("\n")
     triples = zip(tokens.input_ids, tokens.supervised, tokens.messages, strict=True)
     for (kind, on, speaker), run in groupby(triples, lambda triple: (control.get(triple[0]), *triple[1:])):

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.text import Text
 
 from data.check_model import ModelSpec, Reader
-from data.show import COLUMNS, _tokens, draw_picture, printable, unnormalised
+from data.show import COLUMNS, _texts, _tokens, draw_picture, printable, unnormalised
 from data.sources import open_source
 from tests.conftest import IMAGE_SIZE, TinyModels
 from tests.processors import plain_processor
@@ -58,6 +58,19 @@ def test_tokens_are_coloured_by_role_and_underlined_where_learned(rows: Path, ti
         ("<|end|>", "dim underline"),
     ]
     assert text.plain.startswith(f"{len(reader.chat.encode(list(open_source(rows)[0].messages), [16]).input_ids)} tok")
+
+
+def test_a_document_is_shown_without_a_template(rows: Path, tiny_models: TinyModels) -> None:
+    path = rows.parent / "documents.jsonl"
+    path.write_text(json.dumps({"images": ["0.png", None], "texts": [None, "a cat"]}))
+    reader = Reader(ModelSpec(str(tiny_models("early", "mlp"))))
+    expected = [("[<image> x 16]", "bold yellow"), ("a cat", "green underline"), ("<|end|>", "dim underline")]
+    assert styles(_tokens(open_source(path)[0], reader)) == expected
+    assert styles(_texts(open_source(path)[0])) == [
+        ("document: ", "bold green"),
+        ("<image>", "bold yellow"),
+        ("a cat", "green underline"),
+    ]
 
 
 def test_the_command_prints_a_row(
