@@ -160,3 +160,16 @@ def test_without_its_documents_the_attention_says_so() -> None:
         model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
     with nullcontext(), torch.no_grad():
         model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+
+
+@pytest.mark.slow  # it is compiled first
+def test_flex_attention_keeps_documents_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA takes without FlashAttention, as far as the CPU has it: the forward."""
+    model = language_model("llama", num_key_value_heads=1)
+    monkeypatch.setattr("vlm.documents._implementation", lambda *_: "flex_attention")
+    rows = text_rows(99)
+    batch = collate_text(rows, pad=0, packed=True)
+    with packed_attention(model), torch.no_grad():
+        packed = model(input_ids=batch.input_ids, **batch.packed, use_cache=False).logits
+    alone = model(input_ids=torch.tensor([rows[0][1].input_ids]), use_cache=False).logits[0]
+    torch.testing.assert_close(packed[0, 7:19], alone, atol=1e-4, rtol=1e-4)
