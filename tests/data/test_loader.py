@@ -173,6 +173,15 @@ def test_where_nothing_is_whole_the_data_is_blamed(tmp_path: Path, packing: Pack
             next(Loader(mixture, preparation, 6, packing=packing, tokens=64).steps())
 
 
+def test_packed_rows_hold_documents_of_one_epoch(whole: Mixture) -> None:
+    taken = steps(whole, 20, packing=Packing("pack", window=40), batch_size=1)
+    rows = [[where for where, _ in row] for step in taken for made in step.micro_batches for row in made]
+    seen: list[str] = []
+    while len(seen) < ROWS:
+        seen += rows.pop(0)
+    assert Counter(seen) == everywhere()
+
+
 def test_packed_rows_keep_within_their_room_and_fill_it(whole: Mixture) -> None:
     rows = [row for step in steps(whole, 20, packing=PACKINGS[2]) for made in step.micro_batches for row in made]
     (numbered, _) = whole.place((0, 0))
