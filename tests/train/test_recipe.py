@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.bad import Bad
 from tests.train.recipes import chat_recipe, with_contrastive_stage, write_recipe
 from train.build import build_clip
 from train.recipe import Recipe, load_recipe
@@ -121,8 +122,13 @@ def test_a_folder_is_claimed_by_one_recipe(scenes: Path, tmp_path: Path) -> None
 def test_lines_after_the_restored_step_and_half_written_ones_go(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.metrics_file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    left_out = '{"where": "a:1", "reason": "odd", "stage": "s", "step": 2}\n'
+    run.quarantine_file.write_text(left_out + left_out.replace("2", "3") + left_out[:9])
     run.forget_after(2)
     assert run.metrics_file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert run.quarantine_file.read_text() == left_out
+    assert run.quarantined("s") == [Bad("a:1", "odd")]
+    assert run.quarantined("another") == []
 
 
 @pytest.mark.parametrize(
