@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-import train.loop
 from data.bad import Bad
 from data.encode import encode_record
 from data.mixture import Mixture
 from data.sources import open_source
+from tests.train.kills import killed_at
 from tests.train.recipes import chat_recipe, write_recipe
 from train.loop import run_training
 from train.recipe import load_recipe
@@ -28,10 +28,6 @@ from vlm import UserError, load
 from vlm.cli import main
 
 MODES = ["none", "bucket", "pack"]
-
-
-class KilledError(Exception):
-    pass
 
 
 def entries(run: Run) -> list[dict[str, Any]]:
@@ -61,25 +57,12 @@ def mixed(scenes: Path, folder: Path, **stage: Any) -> Path:
 
 @pytest.mark.parametrize("fusion", ["early", "deep"])
 @pytest.mark.parametrize("mode", MODES)
-def test_killed_and_resumed_equals_never_killed(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fusion: str, mode: str
-) -> None:
+def test_killed_and_resumed_equals_never_killed(scenes: Path, tmp_path: Path, fusion: str, mode: str) -> None:
     path = mixed(scenes, tmp_path, packing={"mode": mode, "tokens": 512, "window": 8}, micro_batch_size=2)
     recipe = load_recipe(path, [f"model.fusion={fusion}", f"stages.chat.steps={12 if mode != 'pack' else 6}"])
     whole = run_training(recipe, tmp_path / "whole")
-    real, calls = train.loop.optimizer_step, 0
-
-    def dying(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise KilledError
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train.loop, "optimizer_step", dying)
-    with pytest.raises(KilledError):
+    with killed_at(5):
         run_training(recipe, tmp_path / "killed")
-    monkeypatch.setattr(train.loop, "optimizer_step", real)
     resumed = run_training(recipe, tmp_path / "killed", resume=True)
     assert entries(resumed) == entries(whole)
     one, other = weights(whole), weights(resumed)
@@ -161,9 +144,7 @@ def test_too_many_broken_rows_stop_the_run_with_a_summary(
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["max_bad"] == 0.5
 
 
-def test_a_checkpoint_of_other_data_or_other_processes_is_refused(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_other_data_or_other_processes_is_refused(scenes: Path, tmp_path: Path) -> None:
 
     path = mixed(scenes, tmp_path)
     run = run_training(load_recipe(path), tmp_path / "run")
@@ -218,9 +199,10 @@ def test_two_processes_learn_what_one_does(scenes: Path, tmp_path: Path, mode: s
     two = Run(tmp_path / "two")
     assert sum(entry["tokens"] for entry in entries(two)) == sum(entry["tokens"] for entry in entries(one))
     assert {row.where for row in two.quarantined("chat")} == {row.where for row in one.quarantined("chat")}
-    if mode == "none":
-        for first, second in zip(entries(one)[:3], entries(two)[:3], strict=True):
-            assert first["loss"] == pytest.approx(second["loss"], rel=0.3)
+    if mode == "none":  # where no row is broken, two ranks take the same rows as one
+        first, second = entries(one)[0], entries(two)[0]
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+        assert first["gradient_norm"] == pytest.approx(second["gradient_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("wanted", ["vicuna_v1", "plain", "chatml", "file", "{{ bos_token }}"])
@@ -250,9 +232,7 @@ def test_a_recipe_may_bring_its_own_chat_template(scenes: Path, tmp_path: Path, 
     assert marks.get(wanted, "a cube") in said
 
 
-def test_a_run_on_a_stream_goes_on_where_it_stopped(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_stream_goes_on_where_it_stopped(scenes: Path, tmp_path: Path) -> None:
     names = sorted((scenes / "images").rglob("*.png"))[:40]
     rows = {
         "question": ["what is it?"] * 40,
@@ -264,19 +244,8 @@ def test_a_run_on_a_stream_goes_on_where_it_stopped(
     settings = chat_recipe(scenes, data=data, steps=20, packing={"mode": "pack", "tokens": 200})
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", settings))
     whole = run_training(recipe, tmp_path / "whole")
-    real, calls = train.loop.optimizer_step, 0
-
-    def dying(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        nonlocal calls
-        calls += 1
-        if calls == 11:
-            raise KilledError
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train.loop, "optimizer_step", dying)
-    with pytest.raises(KilledError):
+    with killed_at(11):
         run_training(recipe, tmp_path / "killed")
-    monkeypatch.setattr(train.loop, "optimizer_step", real)
     assert entries(run_training(recipe, tmp_path / "killed", resume=True)) == entries(whole)
     assert [row.where for row in whole.quarantined("chat")] == [f"{tmp_path / 'rows.parquet'}[7]"]
 

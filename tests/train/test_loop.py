@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-import train.loop
 from data.encode import IGNORED
+from tests.train.kills import killed_at
 from tests.train.recipes import LANGUAGE, VISION, chat_recipe, with_contrastive_stage, write_recipe
 from train.loop import run_training, set_rates
 from train.objectives import summed_cross_entropy
@@ -20,10 +20,6 @@ from train.recipe import Stage, load_recipe
 from train.state import save_state
 from vlm import load, self_test
 from vlm.cli import main
-
-
-class KilledError(Exception):
-    pass
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,9 +59,9 @@ def test_the_loss_is_the_mean_over_supervised_tokens(scenes: Path) -> None:
 
 
 @pytest.mark.parametrize(("fusion", "connector"), [("early", "mlp"), ("deep", "perceiver")])
-@pytest.mark.parametrize("killed_at", [4, 8, 11])
+@pytest.mark.parametrize("killed_step", [4, 8, 11])
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fusion: str, connector: str, killed_at: int
+    scenes: Path, tmp_path: Path, fusion: str, connector: str, killed_step: int
 ) -> None:
     settings = chat_recipe(
         scenes,
@@ -79,21 +75,8 @@ def test_killed_and_resumed_equals_never_killed_bit_for_bit(
     settings["stages"].insert(0, first)
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", settings))
     whole = run_training(recipe, tmp_path / "whole")
-
-    calls = 0
-    real = train.loop.optimizer_step
-
-    def dying(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        nonlocal calls
-        calls += 1
-        if calls == killed_at:
-            raise KilledError
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train.loop, "optimizer_step", dying)
-    with pytest.raises(KilledError):
+    with killed_at(killed_step):
         run_training(recipe, tmp_path / "killed")
-    monkeypatch.setattr(train.loop, "optimizer_step", real)
     torch.manual_seed(99)  # whatever happened in between
     resumed = run_training(recipe, tmp_path / "killed", resume=True)
     one, other = weights(whole.model), weights(resumed.model)
