@@ -25,7 +25,7 @@ Made = TypeVar("Made")
 Made_co = TypeVar("Made_co", covariant=True)
 Task = TypeVar("Task")
 _Task = tuple[tuple[int, int], Record | Bad | None]  # a sample's epoch and slot, and its row where that was streamed
-CHUNK = 16  # rows that a worker prepares at a time
+CHUNK = 8  # rows that a worker prepares at a time
 
 
 class Preparation(Protocol[Made_co]):

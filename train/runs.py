@@ -73,8 +73,8 @@ class Run:
         partial.replace(self.recipe_file)
 
     def abandon(self) -> None:
-        """Removes the run if it hasn't done a step, so that it doesn't stand in the way of the next."""
-        if self.metrics_file.is_file() and self.metrics_file.stat().st_size:
+        """Removes the run if it has done no step and named no broken row, so that it isn't in the way of the next."""
+        if any(file.is_file() and file.stat().st_size for file in (self.metrics_file, self.quarantine_file)):
             return
         for path in self.folder.iterdir():
             if path.is_dir():
