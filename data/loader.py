@@ -68,7 +68,7 @@ class Step(Generic[Made]):
 
 @dataclass(frozen=True)
 class _Row:
-    """A row on its way: examples, then samples. seen: samples that it stands for; state: after it."""
+    """A row on its way: examples, then samples. bad: broken rows met since the row before; state: after it."""
 
     examples: Sequence[Any]
     bad: list[Bad]

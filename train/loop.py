@@ -104,7 +104,7 @@ def run_stage(
     assert_only_these_learn(objective.model, parts, optimizer)
     mixture = open_mixture(recipe, stage, index)
     rows = mixture.rows
-    samples = round(stage.epochs * len(mixture)) if stage.epochs else None
+    samples = max(1, round(stage.epochs * len(mixture))) if stage.epochs else None
     total = stage.steps or samples or 0
     world, rank = accelerator.num_processes, accelerator.process_index
     at = Position(index, 0, offset, [asdict(State())] * world, rows)
@@ -139,8 +139,9 @@ def run_stage(
             step = next(steps)
             counts = count_step(step, accelerator)
             before, seen = seen, counts.pop("seen")
-            quarantine.add(gather_object(step.bad) if counts.pop("bad") else [], offset + done + 1, seen)
-            if not counts["supervised"]:  # what was left were broken rows
+            learns = counts["supervised"] > 0  # else all that was left were broken rows
+            quarantine.add(gather_object(step.bad) if counts.pop("bad") else [], offset + done + learns, seen)
+            if not learns:
                 continue
             now, behind = (1, done) if samples is None else (seen - before, before)
             set_rates(optimizer, stage, behind, now, total)

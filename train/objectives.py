@@ -116,9 +116,9 @@ class Contrastive(Objective):
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         numbers = {tuple(example.input_ids): number for number, example in enumerate(examples)}
         same = torch.tensor([numbers[tuple(example.input_ids)] for example in examples])
-        pixels = torch.cat([sample.pixels["pixel_values"] for row in rows for sample in row])
+        pixels = [sample.pixels["pixel_values"] for row in rows for sample in row]
         cut = tuple(example.where for example in examples if example.dropped)
-        return CaptionBatch(ids, mask, pixels, same, cut)
+        return CaptionBatch(ids[: len(examples)], mask, torch.cat(pixels) if pixels else torch.empty(0), same, cut)
 
     def loss(self, model: nn.Module, batch: "CaptionBatch") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values)

@@ -19,7 +19,7 @@ from data.encode import encode_record
 from data.mixture import Mixture
 from data.sources import open_source
 from tests.train.kills import killed_at
-from tests.train.recipes import chat_recipe, write_recipe
+from tests.train.recipes import chat_recipe, with_contrastive_stage, write_recipe
 from train.loop import run_training
 from train.recipe import load_recipe
 from train.runs import Run
@@ -230,6 +230,16 @@ def test_a_recipe_may_bring_its_own_chat_template(scenes: Path, tmp_path: Path, 
     said = processor.tokenizer.decode(processor.chat.encode(chat).input_ids)
     marks = {"vicuna_v1": "USER: what? ASSISTANT: a cube", "chatml": "<|im_start|>user\nwhat?", "file": "[user]what?"}
     assert marks.get(wanted, "a cube") in said
+
+
+def test_a_contrastive_epoch_may_end_with_broken_rows(scenes: Path, tmp_path: Path) -> None:
+    rows = (scenes / "captions.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, *['{"image": "gone.png", "caption": "a"}'] * 3]))
+    data = [{"path": str(tmp_path / "rows.jsonl"), "images": str(scenes / "images")}]
+    settings = with_contrastive_stage(chat_recipe(scenes, steps=1), data=data, steps=None, epochs=1, shuffle=False)
+    run = run_training(load_recipe(write_recipe(tmp_path / "r.yaml", {**settings, "max_bad": 0.5})), tmp_path / "run")
+    assert [entry["supervised"] for entry in entries(run) if entry["stage"] == "clip"] == [4, 4]
+    assert len(run.quarantined("clip")) == 3
 
 
 def test_a_run_on_a_stream_goes_on_where_it_stopped(scenes: Path, tmp_path: Path) -> None:
