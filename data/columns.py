@@ -1,6 +1,7 @@
 """Data sets of Hugging Face's `datasets`: Parquet, Arrow, folders that it saved, and ids of its hub."""
 
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def open_columns(path: Path, files: Sequence[Path], split: str, streaming: bool 
             found = _one_split(datasets.load_from_disk(str(files[0])), path, split)
         else:
             kind = "parquet" if files[0].suffix == ".parquet" else "arrow"
-            named = {"train": [str(file) for file in files]}
+            named = {"train": [escape(str(file)) for file in files]}  # the library takes paths for patterns
             found = datasets.load_dataset(kind, data_files=named, split="train", streaming=streaming)
         return found.with_format("arrow")
     except UserError:

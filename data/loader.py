@@ -1,5 +1,6 @@
 """Steps of a training stage: which rows a rank takes, in which order, prepared by workers, packed, and resumable."""
 
+import gc
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -253,6 +254,7 @@ def ordered_map(make: Callable[[Task], Made], tasks: Iterator[Task], workers: in
         sampler=_Once(tasks),
         num_workers=workers,
         collate_fn=_same,
+        worker_init_fn=_keep_shared,
         prefetch_factor=4,
         generator=torch.Generator(),  # else making an iterator draws from the run's own random state
     )
@@ -275,6 +277,11 @@ class _Once:
 
     def __iter__(self) -> Iterator[Any]:
         return self.tasks
+
+
+def _keep_shared(_: int) -> None:
+    """The collector would write into every page that a worker shares with its parent, and so copy it."""
+    gc.freeze()
 
 
 def _same(made: Any) -> Any:

@@ -16,6 +16,7 @@ from vlm.errors import UserError
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Sample = tuple[int, int]  # epoch and slot
+KEPT = 4  # orders of a source that are kept: an epoch of a weight up to 3 goes back and forth between so many
 STREAM_EPOCH = 100_000  # samples of what is called an epoch of a stream that says nothing of its own
 
 
@@ -60,7 +61,7 @@ class Mixture:
             raise UserError("group: rows that stay neighbours need whole data sets; leave weight, rows and streams out")
         self.starts = [0, *accumulate(self.counts)]
         self.order = Order(self.starts[-1], seed, shuffle, group)
-        self._epochs: dict[str, tuple[int, Numbers]] = {}
+        self._epochs: dict[str, dict[int, Numbers]] = {}
 
     @property
     def streams(self) -> dict[int, Stream]:
@@ -110,9 +111,12 @@ class Mixture:
         return np.random.default_rng([self.seed, 1, *sample])
 
     def _epoch(self, name: str, order: Order, number: int) -> Numbers:
-        if self._epochs.get(name, (-1,))[0] != number:
-            self._epochs[name] = (number, order.epoch(number))
-        return self._epochs[name][1]
+        known = self._epochs.setdefault(name, {})
+        if number not in known:
+            known[number] = order.epoch(number)
+            while len(known) > KEPT:
+                known.pop(next(iter(known)))
+        return known[number]
 
     def __getstate__(self) -> dict[str, Any]:
         """Orders are made again where they are needed."""

@@ -137,7 +137,8 @@ def run_stage(
         while (done if samples is None else seen) < total:
             began = time.perf_counter()
             step = next(steps)
-            counts = count_step(step, accelerator)
+            counts = count_step(step, stop.wanted, accelerator)
+            stopping = counts.pop("stopping") > 0  # of any rank: all stop after the same step
             before, seen = seen, counts.pop("seen")
             learns = counts["supervised"] > 0  # else all that was left were broken rows
             quarantine.add(gather_object(step.bad) if counts.pop("bad") else [], offset + done + learns, seen)
@@ -153,13 +154,13 @@ def run_stage(
             if not math.isfinite(entry["loss"]):
                 raise UserError(f"{stage.name}: the loss is {entry['loss']} at step {done}; lower the learning rates")
             monitor.log(entry, behind + now)
-            if stop.wanted or (done % recipe.checkpoint_every == 0 and behind + now < total):
+            if stopping or (done % recipe.checkpoint_every == 0 and behind + now < total):
                 loaders = gather_object([asdict(step.state)])
                 if accelerator.is_main_process:
                     position = Position(index, done, offset + done, loaders, rows)
                     save_state(run.checkpoints, position, objective.model, optimizer, recipe.keep_checkpoints)
                 accelerator.wait_for_everyone()
-                if stop.wanted:
+                if stopping:
                     raise Stopped(f"stopped after step {offset + done}; --resume goes on from there")
     monitor.end(quarantine.summary())
     model.eval()
@@ -167,11 +168,11 @@ def run_stage(
     accelerator.free_memory()
 
 
-def count_step(step: Step[Any], accelerator: Accelerator) -> dict[str, int]:
-    """What a step holds, over all ranks."""
-    names = ("supervised", "tokens", "room", "shortened", "bad", "seen")
-    own = [[b.supervised, b.tokens, b.room, len(b.shortened), 0, 0] for b in step.micro_batches]
-    own.append([0, 0, 0, 0, len(step.bad), step.state.seen])
+def count_step(step: Step[Any], stopping: bool, accelerator: Accelerator) -> dict[str, int]:
+    """What a step holds, over all ranks, and how many of them are to stop."""
+    names = ("supervised", "tokens", "room", "shortened", "bad", "seen", "stopping")
+    own = [[b.supervised, b.tokens, b.room, len(b.shortened), 0, 0, 0] for b in step.micro_batches]
+    own.append([0, 0, 0, 0, len(step.bad), step.state.seen, int(stopping)])
     counts = accelerator.reduce(torch.tensor(own, device=accelerator.device).sum(0), "sum")
     return dict(zip(names, counts.tolist(), strict=True))
 

@@ -23,13 +23,16 @@ CHAT_TEMPLATE = (
 )
 
 
+LONGEST_TEXT = 2000  # characters that are learned from at once: the time grows with the square of the longest word
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerBase:
     """Byte-level BPE over `texts`: any string survives encode and decode, since all 256 bytes are in the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        texts,
+        (text[start : start + LONGEST_TEXT] for text in texts for start in range(0, len(text), LONGEST_TEXT)),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
