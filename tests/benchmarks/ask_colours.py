@@ -11,13 +11,13 @@ import base64
 import io
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import openai
 from PIL import Image
+from support import COMMAND
 
 from data.scenes.draw import draw_look, render
 from data.scenes.world import draw_scene
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    command = [sys.executable, "-P", "-m", "vlm.cli", "serve", str(options.model), "--port", "0"]
+    command = [*COMMAND, "serve", str(options.model), "--port", "0"]
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:

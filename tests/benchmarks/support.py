@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+# A script's own folder comes first on the path, and data.py in it would hide the package `data`.
+sys.path.insert(0, str(ROOT))
 COMMAND = [sys.executable, "-P", "-m", "vlm.cli"]
 
 
