@@ -6,7 +6,7 @@ data check`, going on at row 900,000, and how much faster than the demo's model 
 Every measurement is a process of its own, repeated --rounds times; tables hold medians, with the lowest and highest
 where they differ. Before each it waits (--patience seconds at most) until others leave the cores alone; "others" in the
 last column are cores that were busy with other things meanwhile. DIR keeps the files (5 GB, else in a temporary folder)
-and figures.json. With --small everything is tried in two minutes and means nothing.
+and figures.json. With --small everything is tried in a few minutes and means nothing.
 """
 
 import argparse
@@ -53,10 +53,10 @@ class Sizes:
     resumed: int = 900_000
     group: int = 10_000  # rows that lie together in a Parquet file
     scenes: int = 3000
-    steps: int = 100
+    seconds: float = 10.0  # of learning
 
 
-SMALL = Sizes(2000, (500, 1000, 2000, 4000), 5000, 5000, 300, 20_000, 18_000, 1000, 100, 5)
+SMALL = Sizes(2000, (500, 1000, 2000, 4000), 5000, 5000, 300, 20_000, 18_000, 1000, 100, 1.0)
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Bench:
         }
 
     def keep(self, name: str, rounds: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-        self.found[name] = rounds
+        self.found[name] = [{key: value for key, value in each.items() if key != "bad_rows"} for each in rounds]
         (self.folder / "figures.json").write_text(json.dumps(self.found, indent=1), encoding="utf-8")
         print(".", end="", file=sys.stderr, flush=True)
         return rounds
@@ -175,17 +175,27 @@ def measure_first(bench: Bench) -> None:
     for cache in ("index", "hf"):
         shutil.rmtree(bench.folder / cache, ignore_errors=True)
     size = path.stat().st_size / 1e9
-    head(f"First batch of {bench.sizes.array} rows, {size:.2f} GB", "", "seconds", "opening", "peak MB", "others")
+    head(
+        f"First batch of {bench.sizes.array} rows, {size:.2f} GB",
+        "",
+        "seconds",
+        "imports",
+        "opening",
+        "batch",
+        "peak MB",
+        "others",
+    )
     for name, options, rounds in (("first run, none", "none", 1), ("none", "none", 0), ("pack", "pack", 0)):
         found = bench.keep(f"first {name}", bench.work("first_batch", rounds or None, path=str(path), mode=options))
-        line(name, *middles(found, "seconds", "opening"), *middles(found, "peak_mb", digits=0), others(found))
+        cells = middles(found, "seconds", "imports", "opening", "batch")
+        line(name, *cells, *middles(found, "peak_mb", digits=0), others(found))
     for name, peer, rounds in (
         ("json.load alone", "json_load", 0),
         ("datasets, first call", "datasets_json", 1),
         ("datasets, from its cache", "datasets_json", 0),
     ):
         found = bench.keep(f"first {name}", bench.work(peer, rounds or None, path=str(path)))
-        line(name, *middles(found, "seconds"), "", *middles(found, "peak_mb", digits=0), others(found))
+        line(name, *middles(found, "seconds"), "", "", "", *middles(found, "peak_mb", digits=0), others(found))
 
 
 def measure_check(bench: Bench) -> None:
@@ -238,7 +248,7 @@ def measure_resume(bench: Bench) -> None:
 def measure_feed(bench: Bench) -> None:
     """The demo's longest stage, every picture decoded anew: rows that the loader gives and that the model learns."""
     scenes = bench.folder / "scenes"
-    work = {"scenes": str(scenes), "rows": bench.sizes.scenes // 2, "steps": bench.sizes.steps}
+    work = {"scenes": str(scenes), "rows": bench.sizes.scenes // 2, "seconds": bench.sizes.seconds}
     write_scenes(scenes, train=bench.sizes.scenes, heldout=6, unseen=6, lessons=60, text_rows=60)
     head("Rows/s of the demo", "", "learned", "loaded, 0 workers", "ratio", "loaded, 2 workers", "ratio", "others")
     for fusion in ("early", "deep"):
@@ -299,7 +309,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() if options.out is None else nullcontext(options.out) as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         path = Path(folder).resolve()
-        bench = Bench(path, SMALL if options.small else Sizes(), options.rounds, options.patience, {})
+        kept = path / "figures.json"
+        found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        bench = Bench(path, SMALL if options.small else Sizes(), options.rounds, options.patience, found)
         for name in options.only:
             MEASURED[name](bench)
 

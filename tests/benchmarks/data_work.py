@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def memory(path: str, in_memory: bool, mode: str, workers: int, marks: list[int]
         texts = [next(file) for _ in range(200)]
     source = held_in_memory(path) if in_memory else open_source(path)
     packing: Any = Packing(mode)
-    loader = Loader(Mixture([source], SEED), Texts(texts, 1024), 256, 8, packing, 1024, None, workers)
+    loader = Loader(Mixture([source], SEED), Texts(texts, 1024), 32, 8, packing, 1024, None, workers)
     found: dict[str, float] = {}
     between: list[float] = []
     began, looked = time.perf_counter(), 0
@@ -270,7 +270,7 @@ def parse_lines(path: str) -> Figures:
     return {"per_second": count / (time.perf_counter() - began)}
 
 
-def feed(scenes: str, fusion: str, threads: int, rows: int, steps: int) -> Figures:
+def feed(scenes: str, fusion: str, threads: int, rows: int, seconds: float) -> Figures:
     """Rows/s that the demo's model learns from in its longest stage, and that loaders give it, in turn."""
     import torch
     from accelerate import Accelerator
@@ -309,20 +309,23 @@ def feed(scenes: str, fusion: str, threads: int, rows: int, steps: int) -> Figur
         some = loaded(workers)
         next(some)
         given[f"workers {workers}"] = rate(islice(some, rows // stage.batch_size))
-    batches = list(islice(loaded(0), steps))
+    batches = list(islice(loaded(0), 50))
     groups = split_into_parts(objective.model, stage)
     network, optimizer = accelerator.prepare(objective.model, make_optimizer(groups, stage))
     network.train()
 
-    def learned() -> Iterator[Figures]:
-        for step in batches:
+    def learned(seconds: float) -> Iterator[Figures]:
+        began = time.perf_counter()
+        for step in cycle(batches):
             counts = count_step(step, accelerator)
             seen, bad = counts.pop("seen"), counts.pop("bad")
             assert (bool(seen), bad) == (True, 0)
             yield optimizer_step(objective, network, optimizer, step.micro_batches, stage, accelerator, counts)
+            if time.perf_counter() - began > seconds:
+                return
 
-    rate(learned())
-    return {**given, "learns": rate(learned())}
+    rate(learned(seconds / 5))
+    return {**given, "learns": rate(learned(seconds))}
 
 
 WORK: dict[str, Callable[..., Figures]] = {
