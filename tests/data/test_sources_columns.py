@@ -192,4 +192,11 @@ def test_what_is_neither_here_nor_a_hub_id_is_no_data_file(tmp_path: Path, monke
     for name in ("owner/name", "hub:owner/name:part@train"):
         with pytest.raises(UserError, match=r"hub:owner/name.*: cannot be read \(no way\)"):
             open_source(name)
-    assert asked == [(("owner/name", None), {}), (("owner/name", "part"), {"split": "train"})]
+    whole, part = {"streaming": False}, {"split": "train", "streaming": False}
+    assert asked == [(("owner/name", None), whole), (("owner/name", "part"), part)]
+
+
+def test_a_files_name_is_no_pattern(tmp_path: Path) -> None:
+    for name, rows in (("p[1].parquet", 3), ("p1.parquet", 7)):
+        pq.write_table(pa.table({"question": ["?"] * rows, "answer": ["a"] * rows}), tmp_path / name)
+    assert len(open_source(tmp_path / "p[1].parquet")) == 3
