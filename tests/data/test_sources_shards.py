@@ -201,5 +201,5 @@ def test_a_tar_that_is_none_or_cut_off_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="a packed file can't be read row by row; unpack it first"):
             open_source(tmp_path / name)
     for name in ("https://example.com/a-{000..012}.tar", "s3://bucket/a.tar", "pipe:cat a.tar"):
-        with pytest.raises(UserError, match="addresses aren't read yet"):
+        with pytest.raises(UserError, match="what lies at an address has no row numbers"):
             open_source(name)
