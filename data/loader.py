@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.bad import Bad, summarise
+from data.bad import Bad
 from data.collate import Sample
 from data.encode import Example
 from data.mixture import Mixture
@@ -27,6 +27,7 @@ Made_co = TypeVar("Made_co", covariant=True)
 Task = TypeVar("Task")
 _Task = tuple[tuple[int, int], Record | Bad | None]  # a sample's epoch and slot, and its row where that was streamed
 CHUNK = 8  # rows that a worker prepares at a time
+BROKEN_IN_A_ROW = 256  # a step with so many ends early, so that they are told of
 
 
 class Preparation(Protocol[Made_co]):
@@ -81,7 +82,7 @@ class Loader(Generic[Made]):
 
     Samples are numbered over all epochs; rank r of n takes those that leave the remainder r. What a rank's step holds
     depends on the seed and on what came before alone, whatever the number of workers, and a few numbers are its whole
-    state. Broken rows are left out and named; the next ones take their place.
+    state. Broken rows are left out and named; the next ones take their place, unless hundreds follow each other.
 
     batch_size: rows per step over all ranks; micro: rows per forward; tokens: room of a packed row; samples: where the
     stage ends, counted over all ranks (None: never; a rank that is through then gives steps that count nothing).
@@ -112,7 +113,11 @@ class Loader(Generic[Made]):
         rows = self._loaded(state) if self.packing.mode == "none" else self._planned(state)
         rows = self._without_empty(rows)
         while True:
-            taken = list(islice(rows, self.share))
+            taken: list[_Row] = []
+            for row in islice(rows, self.share):
+                taken.append(row)
+                if not row.examples:
+                    break
             state = taken[-1].state if taken else state
             documents = [row.examples for row in taken if row.examples]
             yield Step(
@@ -169,21 +174,20 @@ class Loader(Generic[Made]):
                 yield _Row([], bad, state)
 
     def _ends(self, start: int, number: int, bad: Sequence[Bad]) -> bool:
-        """Whether a window ends before a sample: packed rows are of one epoch, and broken rows have an end."""
+        """Whether a window ends before a sample: packed rows are of one epoch, and broken rows are told of soon."""
         later = self._sample(number) // len(self.mixture) != self._sample(start) // len(self.mixture)
-        return (self.packing.mode == "pack" and later) or len(bad) > len(self.mixture)
+        return (self.packing.mode == "pack" and later) or len(bad) >= BROKEN_IN_A_ROW
 
     def _without_empty(self, rows: Iterable[_Row]) -> Iterator[_Row]:
-        """Rows that lost all their examples go; what was wrong with them is told with the next."""
+        """Rows that lost all their examples go; what was wrong with them is told with the next, or by one without
+        examples where there are many, or no next."""
         bad: list[Bad] = []
         row = None
         for row in rows:
             bad += row.bad
-            if row.examples:
+            if row.examples or len(bad) >= BROKEN_IN_A_ROW:
                 yield replace(row, bad=bad)
                 bad = []
-            elif len(bad) > len(self.mixture):
-                raise UserError(f"none of the data's rows can be used ({summarise(bad)})")
         if bad and row is not None:
             yield replace(row, bad=bad)
 

@@ -73,6 +73,16 @@ class Mixture:
         """Of each source, -1 where nobody knows."""
         return [-1 if isinstance(source, Stream) else len(source) for source in self.sources]
 
+    def reach(self, samples: int | None) -> int | None:
+        """Different rows that so many samples can meet, None for a stream. What is listed twice is counted once."""
+        most: dict[str, int] = {}
+        for source, count in zip(self.sources, self.counts, strict=True):
+            if isinstance(source, Stream):
+                return None
+            rows = len(source) if samples is None else min(len(source), -(-samples * count // len(self)))
+            most[source.where(0)] = max(rows, most.get(source.where(0), 0))
+        return sum(most.values())
+
     def which(self, sample: Sample) -> int:
         """The source that a sample comes from."""
         return bisect_right(self.starts, sample[1]) - 1

@@ -91,8 +91,12 @@ def check_rows(recipe: Recipe, stage: Stage) -> None:
 
 
 def _broken(item: Item, images: int | None) -> Bad | None:
-    if isinstance(item, Bad) or images is None or len(item.images) == images:
-        return item if isinstance(item, Bad) else None
+    if isinstance(item, Bad):
+        return item
+    if images == 1 and item.kind == "document":
+        return Bad(item.where, "a document, where the stage takes images with captions")
+    if images is None or len(item.images) == images:
+        return None
     return Bad(item.where, f"has {len(item.images)} images, where the stage takes {images}")
 
 

@@ -26,11 +26,20 @@ from train.parts import assert_only_these_learn, make_optimizer, manifest, split
 from train.quarantine import Quarantine
 from train.recipe import Recipe, Stage
 from train.runs import Run, resolved
-from train.state import Position, check_position, latest, read_position, restore, save_state
+from train.state import (
+    Position,
+    check_position,
+    latest,
+    random_state,
+    read_position,
+    restore,
+    save_state,
+    set_random_state,
+)
 from vlm.checkpoint import link_folder
 from vlm.device import keep_freed_memory, pick_device, pick_dtype
 from vlm.documents import packed_attention
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
 
 
 class Stopped(KeyboardInterrupt):
@@ -57,9 +66,14 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
         return run
     try:
         run_stages(recipe, run, accelerator)
-    except BaseException:
+    except BaseException as error:
         if claimed:
             run.abandon()
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            raise UserError(
+                f"a worker that prepares rows has ended ({first_line(error)}); most often memory ran out: lower "
+                "workers or image_cache_mb, and go on with --resume"
+            ) from error
         raise
     return run
 
@@ -107,14 +121,17 @@ def run_stage(
     samples = max(1, round(stage.epochs * len(mixture))) if stage.epochs else None
     total = stage.steps or samples or 0
     world, rank = accelerator.num_processes, accelerator.process_index
-    at = Position(index, 0, offset, [asdict(State())] * world, rows)
+    at = Position(index, 0, offset, [asdict(State())] * world, [], rows)
     objective.model.to(accelerator.device)
     if checkpoint is not None:
         at = read_position(checkpoint)
         check_position(checkpoint, at, world, rows)
         restore(checkpoint, objective.model, optimizer)
-    run.forget_after(at.step)
-    quarantine = Quarantine(run, recipe, stage.name, rows, quiet=not accelerator.is_main_process)
+        set_random_state(at.random[rank])
+    if accelerator.is_main_process:
+        run.forget_after(at.step)
+    accelerator.wait_for_everyone()
+    quarantine = Quarantine(run, recipe, stage.name, mixture.reach(samples), quiet=not accelerator.is_main_process)
     packs = stage.packing.mode == "pack"
     apart = packed_attention(objective.language_model, accelerator.autocast) if packs else nullcontext()
     model, optimizer = accelerator.prepare(objective.model, optimizer)
@@ -155,13 +172,15 @@ def run_stage(
                 raise UserError(f"{stage.name}: the loss is {entry['loss']} at step {done}; lower the learning rates")
             monitor.log(entry, behind + now)
             if stopping or (done % recipe.checkpoint_every == 0 and behind + now < total):
-                loaders = gather_object([asdict(step.state)])
+                loaders, random = gather_object([asdict(step.state)]), gather_object([random_state()])
                 if accelerator.is_main_process:
-                    position = Position(index, done, offset + done, loaders, rows)
+                    position = Position(index, done, offset + done, loaders, random, rows)
                     save_state(run.checkpoints, position, objective.model, optimizer, recipe.keep_checkpoints)
                 accelerator.wait_for_everyone()
                 if stopping:
                     raise Stopped(f"stopped after step {offset + done}; --resume goes on from there")
+    if not done:
+        raise UserError(f"{quarantine.summary()}; no row was left to learn from")
     monitor.end(quarantine.summary())
     model.eval()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what is saved doesn't compute in bf16 any more

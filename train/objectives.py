@@ -104,6 +104,8 @@ class Contrastive(Objective):
 
     def encode(self, record: Record, rng: np.random.Generator) -> Example:
         _check_images(record, 1)
+        if record.kind == "document":
+            raise UserError(f"{record.where}: a document, where the stage takes images with captions")
         captions = record.captions or ("".join(part["text"] for part in record.messages[-1]["content"]),)
         tokens = self.chat.encode_text(captions[int(rng.integers(len(captions)))])
         ids = [*tokens[: self.length - 1], self.end]

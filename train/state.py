@@ -16,24 +16,22 @@ from vlm.errors import UserError
 @dataclass(frozen=True)
 class Position:
     """stage: index in the recipe; done: its finished steps; step: finished steps of the whole run; loaders: where each
-    rank's loader is; rows: of the stage's data, which must not have changed."""
+    rank's loader is; random: each rank's random state; rows: of the stage's data, which must not have changed."""
 
     stage: int
     done: int
     step: int
     loaders: list[dict[str, Any]]
+    random: list[dict[str, torch.Tensor]]
     rows: list[int]
 
 
 def save_state(folder: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
-    """checkpoints/step-N with what learns, the optimizer and the random state; older ones beyond `keep` go."""
+    """checkpoints/step-N with what learns, the optimizer and the position; older ones beyond `keep` go."""
     learning = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    random: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state_all()
     with written_aside(folder / f"step-{position.step}") as partial:
         save_file(learning, partial / "learning.safetensors")
-        state = {"optimizer": optimizer.state_dict(), "random": random, "position": vars(position)}
+        state = {"optimizer": optimizer.state_dict(), "position": vars(position)}
         torch.save(state, partial / "state.pt")
     for old in sorted(folder.glob("step-*"), key=_number)[:-keep]:
         shutil.rmtree(old)
@@ -62,7 +60,7 @@ def check_position(checkpoint: Path, position: Position, world: int, rows: list[
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts model, optimizer and random state back as they were. The model must have the same learning parts."""
+    """Puts model and optimizer back as they were. The model must have the same learning parts."""
     saved = load_file(checkpoint / "learning.safetensors")
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if saved.keys() != learning.keys():
@@ -70,11 +68,19 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     with torch.no_grad():
         for name, parameter in learning.items():
             parameter.copy_(saved[name])
-    state = _read(checkpoint)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    optimizer.load_state_dict(_read(checkpoint)["optimizer"])
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """What this process draws from: dropout, on its own device."""
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:

@@ -159,18 +159,35 @@ def test_a_broken_row_makes_room_for_the_next(broken: Mixture) -> None:
 
 
 @MODES
-def test_where_nothing_is_whole_the_data_is_blamed(tmp_path: Path, packing: Packing) -> None:
+def test_hundreds_of_broken_rows_are_told_of_before_a_step_is_full(tmp_path: Path, packing: Packing) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "?", "answer": "" if number % 400 < 399 else "9"} for number in range(1000)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options: dict[str, Any] = {"packing": packing, "shuffle": False, "samples": 1000}
+    mixture = Mixture([open_source(path)], 3, shuffle=options.pop("shuffle"))
+    taken = steps(mixture, 8, **options)
+    assert len(taken[0].bad) < 400 < len(taken[0].bad) + len(taken[1].bad)
+    assert Counter(named(taken)) == Counter(f"rows.jsonl:{row + 1}" for row in range(1000) if row % 400 < 399)
+    assert Counter(documents(taken)) == Counter(f"rows.jsonl:{row}" for row in range(400, 1001, 400))
+    for stop in range(4):
+        assert steps(mixture, 3, taken[stop].state, **options) == taken[stop + 1 : stop + 4]
+
+
+@MODES
+def test_where_nothing_is_whole_every_row_is_named(tmp_path: Path, packing: Packing) -> None:
     for rows, reason in (
-        ({"question": "?", "answer": ""}, "empty answer"),
+        ({"question": "?", "answer": ""}, "message 2: an empty answer"),
         ({"question": "?", "answer": "33"}, "no picture"),
     ):
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join([json.dumps(rows)] * 53))
-        mixture = Mixture([open_source(path)], 3)
         preparation = Words()
         preparation.load = lambda examples: [Bad(example.where, "no picture") for example in examples]  # type: ignore[method-assign]
-        with pytest.raises(UserError, match=f"none of the data's rows can be used .*{reason}"):
-            next(Loader(mixture, preparation, 6, packing=packing, tokens=64).steps())
+        loader = Loader(Mixture([open_source(path)], 3), preparation, 6, packing=packing, tokens=64)
+        step = next(loader.steps())
+        assert not documents([step])
+        assert set(named([step])) == set(everywhere())
+        assert {bad.reason for bad in step.bad} == {reason}
 
 
 def test_packed_rows_hold_documents_of_one_epoch(whole: Mixture) -> None:

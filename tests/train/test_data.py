@@ -1,12 +1,16 @@
 """Whole runs over data as people have it: packed, grouped, mixed, broken, stopped, on two processes."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+import train.loop
 from data.bad import Bad
 from data.encode import encode_record
 from data.mixture import Mixture
@@ -146,6 +151,42 @@ def test_too_many_broken_rows_stop_the_run_with_a_summary(
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["max_bad"] == 0.5
 
 
+@pytest.mark.parametrize("length", [{"steps": 3}, {"steps": None, "epochs": 1}], ids=["steps", "epochs"])
+def test_where_no_row_can_be_used_the_run_says_so_and_names_all(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], length: dict[str, Any]
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "question": "what?", "answer": "that"}\n' * 5)
+    data = [{"path": str(tmp_path / "rows.jsonl")}, {"path": str(tmp_path / "rows.jsonl"), "rows": 2}]
+    recipe = write_recipe(tmp_path / "r.yaml", {**chat_recipe(scenes, data=data, **length), "max_bad": 1.0})
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 1
+    assert "chat: none of the data's rows can be used (5 x " in capsys.readouterr().err
+    assert len(Run(tmp_path / "run").quarantined("chat")) == 5
+
+
+def test_documents_are_no_captions(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = next((scenes / "images").rglob("*.png"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"texts": ["see ", None], "images": [None, str(image.name)]}))
+    data = [{"path": str(tmp_path / "rows.jsonl"), "images": str(image.parent)}]
+    settings = with_contrastive_stage(chat_recipe(scenes, steps=1), data=data)
+    assert main(["train", str(write_recipe(tmp_path / "r.yaml", settings)), "--out", str(tmp_path / "run")]) == 1
+    assert "rows.jsonl:1: a document, where the stage takes images with captions" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(scenes: Path, tmp_path: Path) -> None:
+    def kill(*_: Any) -> None:
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        time.sleep(5)
+
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", {**chat_recipe(scenes, steps=3), "workers": 1}))
+    with (
+        patch.object(train.loop, "optimizer_step", kill),
+        pytest.raises(UserError, match=r"a worker that prepares rows has ended .*killed by signal: Killed"),
+    ):
+        run_training(recipe, tmp_path / "run")
+
+
 def test_a_checkpoint_of_other_data_or_other_processes_is_refused(scenes: Path, tmp_path: Path) -> None:
 
     path = mixed(scenes, tmp_path)
@@ -185,9 +226,37 @@ from pathlib import Path
 import torch.distributed
 from train.loop import run_training
 from train.recipe import load_recipe
-run_training(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]))
+run_training(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]), resume=Path(sys.argv[2]).exists())
 assert torch.distributed.get_world_size() == 2
 """
+
+
+def in_two_processes(recipe: Path, folder: Path) -> Run:
+    script = folder.parent / "two.py"
+    script.write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command += [str(script), str(recipe), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Run(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_they_stopped(scenes: Path, tmp_path: Path) -> None:
+    rates = {"connector": 2e-3, "lora": 2e-3}  # dropout's masks differ as soon as the ranks' rows differ in length
+    path = mixed(scenes, tmp_path, steps=5, learning_rates=rates, lora={"rank": 4, "dropout": 0.2})
+    whole = in_two_processes(path, tmp_path / "whole")
+    held = torch.load(whole.checkpoints / "step-3" / "state.pt", weights_only=True)["position"]["random"]
+    assert not torch.equal(held[0]["cpu"], held[1]["cpu"])
+    shutil.copytree(whole.folder, tmp_path / "killed")
+    killed = Run(tmp_path / "killed")
+    shutil.rmtree(killed.folder / "stages")
+    shutil.rmtree(killed.model)
+    resumed = in_two_processes(path, killed.folder)
+    assert entries(resumed) == entries(whole)
+    one, other = weights(whole), weights(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.slow
@@ -195,13 +264,7 @@ assert torch.distributed.get_world_size() == 2
 def test_two_processes_learn_what_one_does(scenes: Path, tmp_path: Path, mode: str) -> None:
     path = mixed(scenes, tmp_path, steps=None, epochs=2, packing={"mode": mode, "tokens": 512})
     one = run_training(load_recipe(path), tmp_path / "one")
-    (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "two.py"), str(path), str(tmp_path / "two")]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = Run(tmp_path / "two")
+    two = in_two_processes(path, tmp_path / "two")
     assert sum(entry["tokens"] for entry in entries(two)) == sum(entry["tokens"] for entry in entries(one))
     assert {row.where for row in two.quarantined("chat")} == {row.where for row in one.quarantined("chat")}
     if mode == "none":  # where no row is broken, two ranks take the same rows as one
