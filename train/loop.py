@@ -58,8 +58,9 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
     check_processes(recipe, accelerator.num_processes)
     if held is None:
         check_recipe(recipe)
-    for stage in recipe.stages:
-        check_rows(recipe, stage)
+    with accelerator.local_main_process_first():  # it indexes the files that the others open
+        for stage in recipe.stages:
+            check_rows(recipe, stage)
     claimed = accelerator.is_main_process and run.claim(recipe, resume)
     accelerator.wait_for_everyone()
     if run.finished:
