@@ -233,7 +233,7 @@ def test_answers_end_with_a_chunk(parts: Path, tmp_path: Path) -> None:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Question: what? Answer:"}]},
         {"role": "assistant", "content": "a cat"},
     ]
-    said = "".join(segment.text for segment in processor.chat.render(chat))
+    said = "".join(segment.text for segment in processor.chat.renderer.render(chat))
     assert said == "<image>Question: what? Answer:a cat<|endofchunk|>"
 
 

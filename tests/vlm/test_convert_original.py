@@ -249,7 +249,7 @@ def test_vicunas_template_is_taken_only_where_there_is_none_and_for_llama(folder
         {"role": "user", "content": "sure?"},
     ]
     _, processor = load(tmp_path / "out")
-    said = processor.chat.render(chat, add_generation_prompt=True)
+    said = processor.chat.renderer.render(chat, add_generation_prompt=True)
     assert (
         "".join(segment.text for segment in said)
         == "USER: <image>\nwhat? ASSISTANT: a cat<|end|>USER: sure? ASSISTANT:"

@@ -97,7 +97,7 @@ def test_a_template_of_text_takes_images(llama: Any) -> None:
 
 def test_what_a_person_wrote_may_be_stripped_at_either_end(llama: Any) -> None:
     fitted = fit_template(TEXT, llama, "<image>")
-    said = ChatEncoder(llama, fitted, "<image>").render(chat([IMAGE, text("  what? ")]))
+    said = ChatEncoder(llama, fitted, "<image>").renderer.render(chat([IMAGE, text("  what? ")]))
     assert "".join(segment.text for segment in said) == "<s>[user] <image>\n  what?\n"
 
 
