@@ -1,16 +1,18 @@
 """What happens to the linear layers of the language model that a recipe names: LoRA through peft, or a fresh start."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from train.recipe import Lora
 from vlm.checkpoint import written_aside
 from vlm.errors import UserError
 from vlm.modeling import VisionLanguageModel, decoder_layers
+
+if TYPE_CHECKING:  # importing peft takes a second or two, more with bitsandbytes
+    from peft import PeftModel
 
 
 def target_modules(model: VisionLanguageModel, targets: tuple[str, ...], setting: str = "lora.targets") -> list[str]:
@@ -38,8 +40,10 @@ def draw_anew(model: VisionLanguageModel, targets: tuple[str, ...]) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def add_lora(model: VisionLanguageModel, lora: Lora) -> PeftModel:
+def add_lora(model: VisionLanguageModel, lora: Lora) -> "PeftModel":
     """Puts adapters into `model` in place. The returned handle saves and merges them."""
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,
@@ -49,7 +53,7 @@ def add_lora(model: VisionLanguageModel, lora: Lora) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def save_adapter(adapter: PeftModel, folder: Path, base: str) -> None:
+def save_adapter(adapter: "PeftModel", folder: Path, base: str) -> None:
     """A peft folder that names its base model: a folder by its whole path, so that it is found from anywhere."""
     known = str(Path(base).resolve()) if Path(base).is_dir() else base
     adapter.peft_config["default"].base_model_name_or_path = known
@@ -57,6 +61,6 @@ def save_adapter(adapter: PeftModel, folder: Path, base: str) -> None:
         adapter.save_pretrained(str(partial))
 
 
-def merged(adapter: PeftModel) -> Any:
+def merged(adapter: "PeftModel") -> Any:
     """The model with the adapters folded into its weights."""
     return adapter.merge_and_unload()

@@ -3,11 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from PIL import Image
 from torch import nn
 
@@ -27,6 +26,9 @@ from vlm.configuration import context_length
 from vlm.contrastive import contrastive_loss, recall_at_1
 from vlm.errors import UserError
 from vlm.processing import VisionLanguageProcessor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Objective(ABC):
