@@ -121,7 +121,9 @@ def _example(
 ) -> Example:
     labels = [token if learned else IGNORED for token, learned in zip(ids, said, strict=True)]
     images = record.images[: len(placeholders)]
-    example = Example(ids, labels, images, record.where, dropped, tuple(placeholders), rng)
+    # a generator costs more on its way from a worker than all the rest of a row
+    later = rng if images else None
+    example = Example(ids, labels, images, record.where, dropped, tuple(placeholders), later)
     if example.supervised == 0:
         raise UserError(f"{record.where}: no token of it would be learned")
     return example

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class Objective(ABC):
                 made.append(None)
             except UserError as error:
                 made.append(Bad.of(example.where, error))
-        whole = [example for example, bad in zip(examples, made, strict=True) if bad is None]
+        whole = [replace(one, rng=None) for one, bad in zip(examples, made, strict=True) if bad is None]
         flat = [picture for some in pictures for picture in some]
         pixels: list[dict[str, torch.Tensor]] = [{} for _ in whole]
         if flat:
@@ -72,6 +73,8 @@ class Objective(ABC):
         return [next(samples) if bad is None else bad for bad in made]
 
     def _pictures(self, example: Example) -> list[Image.Image]:
+        if not example.images:
+            return []
         pictures = [self.read(image) for image in example.images]
         if example.placeholders and list(example.placeholders) != self.processor.placeholders(pictures):
             raise UserError("an image has another size than its header says")
