@@ -16,7 +16,7 @@ from vlm.errors import UserError, first_line
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 KEEP_FROM = 64 << 20  # bytes of a file of which the index is worth a file of its own
-_VERSION = 1  # of what the builders make; an index of another one is built anew
+_VERSION = 2  # of what the builders make; an index of another one is built anew
 
 
 def cache_folder() -> Path:

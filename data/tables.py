@@ -33,7 +33,7 @@ class Table(FileRows):
 
     def _index(self) -> Arrays:
         def build(file: BinaryIO, tell: Tell) -> Arrays:
-            return index_records(file, tell, self._options, str(self.path))
+            return index_records(file, tell, self._options, len(self.header), str(self.path))
 
         return indexed(f"table{self._options['delimiter']}", self.path, build)
 
@@ -49,7 +49,8 @@ class Table(FileRows):
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: byte {error.start + 1} of the row is no UTF-8") from None
         except (csv.Error, ValueError) as error:
-            raise UserError(f"{where}: not a row of a table ({error})") from None
+            hint = "; is a quote left open?" if isinstance(error, csv.Error) else ""
+            raise UserError(f"{where}: not a row of a table ({error}{hint})") from None
         if len(values) != len(self.header):
             raise UserError(f"{where}: {len(values)} values, where the header names {len(self.header)} columns")
         row: dict[str, Any] = dict(zip(self.header, values, strict=True))
@@ -89,32 +90,40 @@ def read_header(path: Path) -> tuple[list[str], dict[str, Any]]:
     )
 
 
-def index_records(file: BinaryIO, tell: Tell, options: dict[str, Any], name: str) -> Arrays:
-    """starts: of the records behind the header, and the file's end; numbers: of the lines that they begin on."""
+def index_records(file: BinaryIO, tell: Tell, options: dict[str, Any], columns: int, name: str) -> Arrays:
+    """starts: of the records behind the header, and the file's end; numbers: of the lines that they begin on.
+
+    A record over several lines that isn't sound has a quote in it that was left open, or one too many: it would take
+    in rows behind it, the whole rest of the file even. Its first line stays a (broken) row, and the next is read anew.
+    """
     starts: list[int] = []
     numbers: list[int] = []
-    read = [0, 0]  # bytes and lines that the reader has taken
+    offset, line = len(file.readline(MOST_BYTES)), 2  # of the line that is read next
 
     def lines() -> Iterator[str]:
-        while line := file.readline(MOST_BYTES):
-            if len(line) == MOST_BYTES:
-                raise csv.Error(f"a line of more than {MOST_BYTES >> 20} MB")
-            read[0] += len(line)
-            read[1] += 1
-            yield line.decode("latin-1")
+        nonlocal offset, line
+        while text := file.readline(MOST_BYTES):
+            if len(text) == MOST_BYTES:
+                raise UserError(f"{name}:{line}: a line of more than {MOST_BYTES >> 20} MB")
+            offset, line = offset + len(text), line + 1
+            yield text.decode("latin-1")
 
-    reader = csv.reader(lines(), **options)
-    begin, number = 0, 1
-    try:
-        next(reader, None)
-        begin, number = read[0], read[1] + 1
-        for values in reader:
-            if values:
-                starts.append(begin)
-                numbers.append(number)
-            begin, number = read[0], read[1] + 1
-            if len(starts) % 4096 == 0:
-                tell(begin)
-    except csv.Error as error:
-        raise UserError(f"{name}:{number}: not a row of a table ({error}; is a quote left open?)") from None
-    return {"starts": np.array([*starts, read[0]], np.int64), "numbers": np.array(numbers, np.int64)}
+    reader = csv.reader(lines(), strict=True, **options)
+    while True:
+        begin, number = offset, line
+        try:
+            values = next(reader, None)
+        except csv.Error:
+            values = [""]
+        if values is None:
+            break
+        if line - number > 1 and len(values) not in (0, columns):
+            file.seek(begin)
+            offset, line = begin + len(file.readline()), number + 1
+            reader = csv.reader(lines(), strict=True, **options)
+        if values:
+            starts.append(begin)
+            numbers.append(number)
+        if len(starts) % 4096 == 0:
+            tell(begin)
+    return {"starts": np.array([*starts, offset], np.int64), "numbers": np.array(numbers, np.int64)}

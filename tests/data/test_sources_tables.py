@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data.bad import Bad
 from data.records import Record
 from data.sources import open_source
+from data.streams import spread
 from vlm import UserError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), min_size=1, max_size=12)
@@ -104,8 +106,43 @@ def test_a_broken_row_is_named_and_the_others_are_read(folder: Path, kind: str) 
         return
     with pytest.raises(UserError, match=rf"^.*rows\.csv:5: .*{complaint}"):
         source[bad]
-    if kind != "an open quote":  # which makes one row of all that follows
-        assert answer(source[len(source) - 1]) == "last"
+    assert answer(source[len(source) - 1]) == "last"
+
+
+OPEN = {
+    "to the end": (b'"a,b\n', b"", [5]),
+    "at the end of a row": (b'a,"b\n', b"", [5]),
+    "in the last row": (b"", b'"a,b', [306]),
+    "up to another open one": (b'"a,b\n', b'q,"open\n', [5, 307]),
+    "up to a quoted value": (b'"a,b\n', b'"who, me?","yes\nyou"\n', [5]),
+    "up to a quote at the end of a value": (b'"a,b\n', b'5",b,c\n', [5, 307]),
+    "two one behind the other": (b'"a,b\n"c,d\n', b"", [5, 6]),
+}
+
+
+@pytest.mark.parametrize("kind", OPEN)
+def test_an_open_quote_takes_in_no_row_behind_it(folder: Path, kind: str) -> None:
+    before, behind, broken = OPEN[kind]
+    path = folder / "rows.csv"
+    rows = b"".join(b"what?,%d\n" % number for number in range(300))
+    path.write_bytes(b'question,answer\n\n"one\n""line""",first\n' + before + b"\n" + rows + behind)
+    source = open_source(path)
+    items = list(spread(source, len(source)))
+    bad = [int(item.where.rpartition(":")[2]) for item in items if isinstance(item, Bad)]
+    found = [answer(item) for item in items if isinstance(item, Record)]
+    assert found == ["first", *map(str, range(300)), *(["yes\nyou"] if b"yes" in behind else [])]
+    assert bad == broken
+    if b"5" not in behind:
+        with pytest.raises(UserError, match="is a quote left open"):
+            source[found.index("0") if before else len(source) - 1]
+
+
+def test_open_quotes_cost_no_more_than_rows(folder: Path) -> None:
+    path = folder / "rows.csv"
+    path.write_bytes(b"question,answer\n" + b'"a,b\nwhat?,yes\n' * 50_000)
+    source = open_source(path)
+    assert len(source) == 100_000
+    assert answer(source[99_999]) == "yes"
 
 
 @pytest.mark.parametrize(
