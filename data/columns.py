@@ -1,6 +1,7 @@
 """Data sets of Hugging Face's `datasets`: Parquet, Arrow, folders that it saved, and ids of its hub."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,12 @@ class Columns(Source):
 
     def __getitem__(self, index: int) -> Record:
         where = self.where(index)
-        return read_row(unfold(self.row(index), where), where, self.images, self.row_format)
+        row = unfold_row(self.row(index), self._folded, where)
+        return read_row(row, where, self.images, self.row_format)
+
+    @cached_property
+    def _folded(self) -> frozenset[str]:
+        return image_columns(self._data.data.schema)
 
 
 def image_folder_of(path: Path, files: Sequence[Path]) -> Path:
@@ -72,6 +78,24 @@ def image_folder_of(path: Path, files: Sequence[Path]) -> Path:
     import datasets  # images of a data set of the hub lie where it was downloaded to
 
     return Path(datasets.config.HF_CACHE_HOME)
+
+
+def image_columns(schema: Any) -> frozenset[str]:
+    """The columns of an Arrow schema that may hold images: a look through all values of the others takes long."""
+    import pyarrow as pa
+
+    def plain(kind: Any) -> bool:
+        if pa.types.is_struct(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            return all(plain(kind.field(number).type) for number in range(kind.num_fields))
+        return bool(pa.types.is_primitive(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+    return frozenset(column.name for column in schema if not plain(column.type))
+
+
+def unfold_row(row: dict[str, Any], columns: frozenset[str], where: str) -> dict[str, Any]:
+    """The row without what isn't there, its images as `unfold` gives them."""
+    held = ((key, value) for key, value in row.items() if value is not None)
+    return {key: unfold(value, where, key) if key in columns else value for key, value in held}
 
 
 def unfold(value: Any, where: str, name: str = "image") -> Any:

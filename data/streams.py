@@ -4,20 +4,22 @@ A stream comes in blocks (a shard, or a thousand rows), each shuffled as a whole
 number, how much of it was taken, and what the library needs to read the block again: little enough for any checkpoint.
 """
 
+import atexit
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
 from data.bad import Bad
-from data.columns import image_folder_of, open_columns, unfold
+from data.columns import image_columns, image_folder_of, open_columns, unfold_row
 from data.formats import read_row
 from data.pictures import ImageBytes, ImageSlice
 from data.records import Record
@@ -28,6 +30,14 @@ from vlm.errors import UserError, first_line
 BLOCK = 1000  # rows of a streamed data set that are shuffled together
 TRIES = 5  # of a download, each after twice as long a wait
 Item = Record | Bad
+_reading: "WeakSet[Generator[Any, None, None]]" = WeakSet()
+
+
+@atexit.register
+def _close() -> None:
+    """What is still read is closed while the library is whole: torn down with it, it would print an error."""
+    for tables in list(_reading):
+        tables.close()
 
 
 @dataclass(frozen=True)
@@ -161,10 +171,11 @@ class ColumnStream(Stream):
             data = split_dataset_by_node(data, rank, world) if world > 1 else data
             if read is not None:
                 data.load_state_dict(read)
-            rows, before = iter(data), number
+            tables, before = data.iter(BLOCK), number
+            _reading.add(tables)
             while True:
                 at = {"row": row, "read": data.state_dict()}
-                block = self._take(rows, row, part)
+                block = self._take(tables, row, part)
                 if not block:
                     break
                 yield number, at, block
@@ -173,17 +184,20 @@ class ColumnStream(Stream):
                 raise UserError(f"{self.path}: no rows in it")
             row, read = 0, None
 
-    def _take(self, rows: Iterator[Any], first: int, part: str) -> list[Item]:
+    def _take(self, tables: Iterator[Any], first: int, part: str) -> list[Item]:
+        """The next block, [] behind the last. It's one table, as tables of a row each take longer."""
         try:
-            raw = [row for table in islice(rows, BLOCK) for row in table.to_pylist()]
+            table = next(tables, None)
+            if table is None:
+                return []
+            rows, folded = table.to_pylist(), image_columns(table.schema)
         except Exception as error:  # the library fails in its own, many ways, and so do networks
             raise UserError(f"{self.path}: cannot be read on from row {first} ({first_line(error)})") from error
-        return [self._item(row, f"{self.path}[{first + place}{part}]") for place, row in enumerate(raw)]
+        return [self._item(row, folded, f"{self.path}[{first + place}{part}]") for place, row in enumerate(rows)]
 
-    def _item(self, row: dict[str, Any], where: str) -> Item:
-        held = {key: value for key, value in row.items() if value is not None}
+    def _item(self, row: dict[str, Any], folded: frozenset[str], where: str) -> Item:
         try:
-            return read_row(unfold(held, where), where, self.images, self.row_format)
+            return read_row(unfold_row(row, folded, where), where, self.images, self.row_format)
         except UserError as error:
             return Bad.of(where, error)
 
@@ -211,11 +225,12 @@ def fetch_file(address: str, file: Path) -> Path:
 
 
 def spread(source: Source | Stream, count: int) -> Iterator[Item]:
-    """About so many rows, evenly over a source, or the first of a stream."""
+    """So many rows, or all where there are fewer, evenly over a source; the first of a stream."""
     if isinstance(source, Stream):
         yield from source.head(count)
         return
-    for index in range(0, len(source), max(1, len(source) // count)):
+    count = min(count, len(source))
+    for index in (place * len(source) // count for place in range(count)):
         try:
             yield source[index]
         except UserError as error:

@@ -4,12 +4,14 @@ import functools
 import http.server
 import io
 import json
+import subprocess
+import sys
 import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from data.packing import Packing
 from data.pictures import load_image
 from data.records import Record
 from data.sources import open_data, open_source
-from data.streams import ColumnStream, Item, ShardStream, Stream, StreamState, fetch_file
+from data.streams import ColumnStream, Item, ShardStream, Stream, StreamState, fetch_file, spread
 from vlm import UserError
 
 PER_SHARD = (5, 3, 7, 4)
@@ -152,6 +154,53 @@ def test_going_on_from_any_state_gives_the_rest(stream: Stream) -> None:
         assert [(at.block, at.taken) for _, at in again] == [
             (at.block, at.taken) for _, at in whole[stop + 1 : stop + 6]
         ]
+
+
+@pytest.mark.parametrize(("block", "group"), [(3, 1), (1, 4), (5, 4), (4, 100), (100, 2)])
+def test_blocks_of_columns_are_read_whole_and_again_whatever_the_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, group: int
+) -> None:
+    for number, rows in enumerate(PER_SHARD):
+        table = pa.table({"question": ["?"] * rows, "answer": [f"{number}-{row}" for row in range(rows)]})
+        pq.write_table(table, tmp_path / f"rows-{number}.parquet", row_group_size=group)
+    monkeypatch.setattr(data.streams, "BLOCK", block)
+    tables: list[Any] = []
+    look = data.streams.image_columns
+    monkeypatch.setattr(data.streams, "image_columns", lambda schema: tables.append(schema) or look(schema))
+    stream = ColumnStream(tmp_path, sorted(tmp_path.glob("*.parquet")))
+    whole = take(stream, TOTAL)
+    assert Counter(said(item) for item, _ in whole) == Counter(
+        f"{number}-{row}" for number, rows in enumerate(PER_SHARD) for row in range(rows)
+    )
+    assert len(tables) == -(-TOTAL // block)  # one for each block: one for each row takes far longer
+    for stop in (0, 5, 9, 16):
+        state = StreamState(**json.loads(json.dumps(asdict(whole[stop][1]))))
+        again = take(stream, TOTAL - stop - 1, state)
+        assert [(item.where, said(item)) for item, _ in again] == [
+            (item.where, said(item)) for item, _ in whole[stop + 1 :]
+        ]
+
+
+def test_a_stream_that_nobody_reads_on_ends_without_a_word(parquet: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom data.sources import open_data\n"
+        "from data.streams import StreamState\n"
+        "rows = open_data(sys.argv[1], Path(), None, None, True).read(StreamState(), 0, False)\nprint(next(rows)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(parquet)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Record(")
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 3), (2, 3), (3, 3), (5, 3), (39, 20), (40, 20), (41, 20)])
+def test_spread_rows_are_so_many_and_lie_evenly(tmp_path: Path, rows: int, count: int) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "a"}\n' * rows)
+    source = open_source(tmp_path / "rows.jsonl")
+    lines = [int(item.where.rpartition(":")[2]) for item in spread(source, count)]
+    assert len(lines) == min(count, len(source))
+    gaps = {after - before for before, after in pairwise([1, *lines[1:], len(source) + 1])}
+    assert max(gaps) - min(gaps) <= 1
+    assert min(gaps) > 0
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
