@@ -6,7 +6,8 @@ data check`, going on at row 900,000, and how much faster than the demo's model 
 Every measurement is a process of its own, repeated --rounds times; tables hold medians, with the lowest and highest
 where they differ. Before each it waits (--patience seconds at most) until others leave the cores alone; "others" in the
 last column are cores that were busy with other things meanwhile. DIR keeps the files (5 GB, else in a temporary folder)
-and figures.json. With --small everything is tried in a few minutes and means nothing.
+and figures.json. All of it takes some 35 minutes on two calm cores; with --small one case of each kind is tried in
+about one, and means nothing.
 """
 
 import argparse
@@ -18,10 +19,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from data_files import (
@@ -40,6 +42,7 @@ from data.scenes.write import write_scenes
 HERE = Path(__file__).resolve().parent
 QUIET = 0.2  # cores that others may use when a measurement begins
 TOKENS = 2048  # of a packed row
+Case = TypeVar("Case")
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,10 @@ class Sizes:
     resumed: int = 900_000
     group: int = 10_000  # rows that lie together in a Parquet file
     scenes: int = 3000
-    seconds: float = 10.0  # of learning
+    seconds: float = 6.0  # of learning
 
 
-SMALL = Sizes(2000, (500, 1000, 2000, 4000), 5000, 5000, 300, 20_000, 18_000, 1000, 100, 1.0)
+SMALL = Sizes(2000, (500, 1000, 2000, 4000), 5000, 5000, 300, 5000, 4000, 1000, 100, 1.0)
 
 
 @dataclass
@@ -74,6 +77,10 @@ class Bench:
             write(path)
         return path
 
+    def some(self, cases: Sequence[Case]) -> Sequence[Case]:
+        """All cases, or the last alone where things are only tried."""
+        return cases[-1:] if self.sizes == SMALL else cases
+
     def work(self, name: str, rounds: int | None = None, **options: Any) -> list[dict[str, Any]]:
         """Figures of a piece of data_work.py, once for each round."""
         command = [sys.executable, str(HERE / "data_work.py"), name, json.dumps(options)]
@@ -89,16 +96,15 @@ class Bench:
         cache = {"VLM_CACHE": "index", "HF_HOME": "hf"}
         own = {name: str(self.folder / below) for name, below in cache.items()}
         env = {**os.environ, **own, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        out = self.folder / "output.txt"
-        with out.open("wb") as file:
+        with tempfile.NamedTemporaryFile(dir=self.folder) as file:
             before, began = busy(), time.perf_counter()
             pid = os.posix_spawn(command[0], command, env, file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 1)])
             _, status, usage = os.wait4(pid, 0)
             seconds, spent = time.perf_counter() - began, busy() - before
-        if status:
-            raise SystemExit(f"{' '.join(command)} failed; its message stands above")
+            if status:
+                raise SystemExit(f"{' '.join(command)} failed; its message stands above")
+            lines = Path(file.name).read_text(encoding="utf-8").splitlines()
         cpu = usage.ru_utime + usage.ru_stime
-        lines = out.read_text(encoding="utf-8").splitlines()
         return {
             **json.loads(lines[-1]),
             "seconds": seconds,
@@ -142,30 +148,29 @@ def measure_fill(bench: Bench) -> None:
 
     path = bench.make("lengths.jsonl", write)
     head(f"Fill of {bench.sizes.lengths} rows as long as mix665k's", "rows", "window", "fill", "rows a forward reads")
-    for mode, window in (("none", 1024), ("bucket", 1024), ("pack", 256), ("pack", 1024), ("pack", 4096)):
+    for mode, window in bench.some([("none", 1024), ("bucket", 1024), ("pack", 256), ("pack", 4096), ("pack", 1024)]):
         options = {"path": str(path), "mode": mode, "window": window, "tokens": TOKENS}
         rounds = bench.keep(f"fill {mode} {window}", bench.work("fill", rounds=1, **options))
         line(mode, str(window) if mode != "none" else "", f"{rounds[0]['fill']:.4f}", str(rounds[0]["rows"]))
 
 
 def measure_memory(bench: Bench) -> None:
-    """A million short chats, tokenised: memory of the process and its workers, pages they share counted once."""
+    """A million short chats, tokenised: memory of all processes, pages they share counted once."""
     marks = bench.sizes.marks
     path = bench.make("text.jsonl", lambda path: write_lines(path, text_rows(marks[-1] * 21 // 20, 8, most_turns=1)))
-    head("MB after so many rows", "", *(f"{mark:,}" for mark in marks), "most - first", "rows/s", "others")
-    for held, mode, until in ((False, "none", marks), (False, "pack", marks), (True, "none", marks[:2])):
-        for workers in (0, 2):
-            options = {"path": str(path), "in_memory": held, "mode": mode, "workers": workers, "marks": until}
-            (found,) = bench.keep(f"memory {held} {mode} {workers}", bench.work("memory", rounds=1, **options))
-            told = [found["megabytes"][str(mark)] for mark in until]
-            line(
-                f"{'all rows in memory' if held else mode}, {workers} workers",
-                *(f"{each:.0f}" for each in told),
-                *[""] * (len(marks) - len(until)),
-                f"{found['most'] - told[0]:+.0f}",
-                f"{found['rows_per_second']:.0f}",
-                others([found]),
-            )
+    head("MB after so many rows", "", *(f"{mark:,}" for mark in marks), "later - first", "rows/s", "others")
+    for held, mode, until in bench.some([(True, "none", marks[:2]), (False, "none", marks), (False, "pack", marks)]):
+        options = {"path": str(path), "in_memory": held, "mode": mode, "workers": 2, "marks": until}
+        (found,) = bench.keep(f"memory {held} {mode}", bench.work("memory", rounds=1, **options))
+        told = [found["megabytes"][str(mark)] for mark in until]
+        line(
+            "all rows in memory" if held else mode,
+            *(f"{each:.0f}" for each in told),
+            *[""] * (len(marks) - len(until)),
+            f"{found['least'] - told[0]:+.0f} to {found['most'] - told[0]:+.0f}",
+            f"{found['rows_per_second']:.0f}",
+            others([found]),
+        )
 
 
 def measure_first(bench: Bench) -> None:
@@ -185,16 +190,18 @@ def measure_first(bench: Bench) -> None:
         "peak MB",
         "others",
     )
-    for name, options, rounds in (("first run, none", "none", 1), ("none", "none", 0), ("pack", "pack", 0)):
+    for name, options, rounds in bench.some([("first run, none", "none", 1), ("none", "none", 0), ("pack", "pack", 0)]):
         found = bench.keep(f"first {name}", bench.work("first_batch", rounds or None, path=str(path), mode=options))
         cells = middles(found, "seconds", "imports", "opening", "batch")
         line(name, *cells, *middles(found, "peak_mb", digits=0), others(found))
-    for name, peer, rounds in (
-        ("json.load alone", "json_load", 0),
-        ("datasets, first call", "datasets_json", 1),
-        ("datasets, from its cache", "datasets_json", 0),
+    for name, peer in bench.some(
+        [
+            ("datasets, first call", "datasets_json"),
+            ("datasets, from its cache", "datasets_json"),
+            ("json.load alone", "json_load"),
+        ]
     ):
-        found = bench.keep(f"first {name}", bench.work(peer, rounds or None, path=str(path)))
+        found = bench.keep(f"first {name}", bench.work(peer, 1, path=str(path)))
         line(name, *middles(found, "seconds"), "", "", "", *middles(found, "peak_mb", digits=0), others(found))
 
 
@@ -228,21 +235,30 @@ def measure_resume(bench: Bench) -> None:
     several = bench.make("several", lambda path: write_parquet(path, count, 8, group))
     one = bench.make("one", lambda path: write_parquet(path, count, 1, count))
     lines = bench.make("numbered.jsonl", lambda path: write_lines(path, text_rows(count, 8)))
-    head(f"Going on at row {row}", "", "seconds", "without imports", "bytes of state", "rows/s before", "others")
-    for name, path, stream in (
-        ("stream, 8 Parquet files", several, True),
-        ("stream, a Parquet file of one row group", one, True),
-        ("JSONL by number", lines, False),
-    ):
+    cases = bench.some(
+        [
+            ("JSONL by number", lines, False),
+            ("stream, a Parquet file of one row group", one, True),
+            ("stream, 8 Parquet files", several, True),
+        ]
+    )
+
+    def stop(case: tuple[str, Path, bool]) -> Sequence[dict[str, Any]]:
+        """Reads up to the row: minutes that aren't measured, so all cases at once."""
+        _, path, stream = case
+        state = str(bench.folder / f"{path.name}.state.json")
+        return bench.work("write_state", 1, path=str(path), stream=stream, row=row, out=state)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sizes = [found[0]["bytes"] for found in pool.map(stop, cases)]
+    head(f"Going on at row {row}", "", "seconds", "without imports", "bytes of state", "others")
+    for (name, path, stream), size in zip(cases, sizes, strict=True):
         state = bench.folder / f"{path.name}.state.json"
-        (before,) = bench.keep(f"state {name}", bench.work("write_state", 1, path=str(path), stream=stream, row=row,
-                               out=str(state)))  # fmt: skip
         found = bench.keep(f"resume {name}", bench.work("resume", path=str(path), stream=stream, state=str(state)))
-        line(name, *middles(found, "seconds", "rows"), str(before["bytes"]), f"{before['rows_per_second']:.0f}",
-             others(found))  # fmt: skip
-    for name, path in (("8 Parquet files", several), ("a Parquet file of one row group", one)):
+        line(name, *middles(found, "seconds", "rows"), str(size), others(found))
+    for name, path in bench.some([("a Parquet file of one row group", one), ("8 Parquet files", several)]):
         found = bench.keep(f"skip {name}", bench.work("skip", path=str(path), row=row))
-        line(f"datasets' skip, {name}", *middles(found, "seconds"), "", "", "", others(found))
+        line(f"datasets' skip, {name}", *middles(found, "seconds"), "", "", others(found))
 
 
 def measure_feed(bench: Bench) -> None:
@@ -251,8 +267,8 @@ def measure_feed(bench: Bench) -> None:
     work = {"scenes": str(scenes), "rows": bench.sizes.scenes // 2, "seconds": bench.sizes.seconds}
     write_scenes(scenes, train=bench.sizes.scenes, heldout=6, unseen=6, lessons=60, text_rows=60)
     head("Rows/s of the demo", "", "learned", "loaded, 0 workers", "ratio", "loaded, 2 workers", "ratio", "others")
-    for fusion in ("early", "deep"):
-        for threads in sorted({1, os.cpu_count() or 1}):
+    for fusion in bench.some(["deep", "early"]):
+        for threads in bench.some(sorted({1, os.cpu_count() or 1})):
             found = bench.keep(f"feed {fusion} {threads}", bench.work("feed", fusion=fusion, threads=threads, **work))
             cells = middles(found, "learns", digits=0)
             for workers in (0, 2):
@@ -301,7 +317,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a calm moment (default 60)")
+    parser.add_argument("--patience", type=float, default=10, help="seconds to wait for a calm moment (default 10)")
     options = parser.parse_args()
     if options.small:
         options.rounds, options.patience = 1, 0
