@@ -4,7 +4,8 @@
 
 DATA holds images/, captions.jsonl ({"image", "captions"}) and yesno.jsonl ({"image", "question", "answer", "object"}).
 Encoder, language model and fusion are trained on the photographs outside of a fold; a ridge regression on pixels,
-histograms of oriented gradients and colours answers the same questions. Captions are made for the first fold.
+histograms of oriented gradients and colours answers the same questions. Captions are made for the first fold. Needs the
+extra `bench`.
 """
 
 import argparse
