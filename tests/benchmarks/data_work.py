@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from support import ROOT
+from support import ROOT, megabytes
 
 Figures = dict[str, Any]
 SEED = 3
@@ -117,17 +117,12 @@ def fill(path: str, mode: str, window: int, tokens: int) -> Figures:
 
 def memory(path: str, in_memory: bool, mode: str, workers: int, marks: list[int]) -> Figures:
     """MB of this process and its workers when so many rows were given out, and the least and most after the first."""
-    import psutil
     import torch
 
     from data.loader import Loader
     from data.mixture import Mixture
     from data.packing import Packing
     from data.sources import open_source
-
-    def megabytes() -> float:
-        me = psutil.Process()
-        return sum(process.memory_full_info().pss for process in (me, *me.children(recursive=True))) / 1e6
 
     with open(path, encoding="utf-8") as file:  # noqa: PTH123
         texts = [next(file) for _ in range(200)]

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 # A script's own folder comes first on the path, and data.py in it would hide the package `data`.
@@ -25,6 +28,19 @@ def vlm_side_by_side(*commands: list[str]) -> None:
     codes = [process.wait() for process in running]
     if any(codes):
         raise SystemExit("a run failed; its message stands above")
+
+
+def megabytes() -> float:
+    """Memory of this process and all below it. What they share counts once; of mapped files, libraries above all, those
+    of the process that has most, since a share would change with whoever else on the machine has them open."""
+    me = psutil.Process()
+    kept, files = 0, 0
+    for process in (me, *me.children(recursive=True)):
+        told = [Path(f"/proc/{process.pid}/{name}").read_text(encoding="utf-8") for name in ("smaps_rollup", "status")]
+        fields = {name: int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB", "\n".join(told), re.MULTILINE)}
+        kept += fields["Pss_Anon"] + fields["Pss_Shmem"]
+        files = max(files, fields["RssFile"])
+    return (kept + files) * 1024 / 1e6
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
