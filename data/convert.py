@@ -19,7 +19,7 @@ from data.progress import progress
 from data.records import Record
 from data.rows import Source
 from data.workers import Workers
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
 from vlm.images import image_format
 
 Target = Literal["messages", "webdataset"]
@@ -92,20 +92,28 @@ class Job:
 
 
 def convert(source: Source, out: Path, to: Target = "messages", size: int | None = None, workers: int = 0) -> Converted:
-    """Writes a source anew. Broken rows go to OUT.quarantine.jsonl; a run that was killed goes on where it was."""
+    """Writes a source anew. Broken rows go to OUT.quarantine.jsonl; a run that was stopped goes on where it was."""
     job = Job(source, out, to, size or (ROWS_OF_A_PART if to == "messages" else SAMPLES_OF_A_SHARD))
     if to == "messages" and out.suffix != ".jsonl":
         raise UserError(f"{out}: rows are written to a file that ends in .jsonl")
     if out.absolute() in (file.absolute() for file in source.files()):
         raise UserError(f"{out}: is what is converted")
+    try:
+        return _write_parts(job, workers)
+    except OSError as error:
+        why = error.strerror or first_line(error)
+        raise UserError(f"{out}: cannot be written ({why}); the same command goes on with what is finished") from error
+
+
+def _write_parts(job: Job, workers: int) -> Converted:
     _prepare(job)
     numbers = [number for number in range(job.count()) if not job.report(number).exists()]
     kept = job.count() - len(numbers)
     if kept:
-        print(f"{out}: {kept} of {job.count()} parts are there from before", file=sys.stderr)
-    make = partial(Job, source, out, to, job.size)
+        print(f"{job.out}: {kept} of {job.count()} parts are there from before", file=sys.stderr)
+    make = partial(Job, job.source, job.out, job.to, job.size)
     count = min(workers, len(numbers)) if len(numbers) > 1 else 0
-    with progress(f"writing {out.name}", job.count()) as tell, Workers(make, count) as pool:
+    with progress(f"writing {job.out.name}", job.count()) as tell, Workers(make, count) as pool:
         for done, _ in enumerate(pool.map("write_part", zip(numbers)), start=kept + 1):
             tell(done)
     return _finish(job)

@@ -21,7 +21,10 @@ _VERSION = 2  # of what the builders make; an index of another one is built anew
 
 def cache_folder() -> Path:
     """Where indexes are kept: the environment's VLM_CACHE, by default ~/.cache/vlm."""
-    return Path(os.environ.get("VLM_CACHE") or "~/.cache/vlm").expanduser()
+    try:
+        return Path(os.environ.get("VLM_CACHE") or "~/.cache/vlm").expanduser()
+    except RuntimeError:
+        raise UserError("no home folder to keep indexes in; name a folder for them in VLM_CACHE") from None
 
 
 def indexed(kind: str, path: Path, build: Callable[[BinaryIO, Tell], Arrays], keep_from: float | None = None) -> Arrays:

@@ -15,7 +15,7 @@ from data.scanner import Scanner
 from data.shards import Shards
 from data.streams import ColumnStream, ShardStream, Stream
 from data.tables import Table
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
 
 OFFICIAL: dict[str, type[Official]] = {"vqav2": VQAv2, "coco": COCO, "textvqa": TextVQA, "gqa": GQA}
 FORMATS = (*ROW_FORMATS, *OFFICIAL, "flickr", "hf", "webdataset")
@@ -54,6 +54,7 @@ def open_data(name: str, root: Path, images: Path | None, format: str | None, st
         return ColumnStream(Path(hub), (), images, rows, split)
     source = Path(path)
     files = sorted(source.glob("*.parquet")) if source.is_dir() else expand(path)
+    _check_plain(files)
     if not files or any(file.suffix != ".parquet" for file in files):
         raise UserError(f"{path}: hub:... and Parquet files are streamed; other local files are read row by row anyway")
     return ColumnStream(source, files, images, rows)
@@ -71,7 +72,10 @@ def open_source(path: str | Path, images: Path | None = None, format: str | None
         raise UserError(
             f"{path}: what lies at an address has no row numbers; a recipe's data can be streamed from there"
         )
-    source = _open(str(path), images, format)
+    try:
+        source = _open(str(path), images, format)
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
     rows = format if format in ROW_FORMATS else None
     if format is not None and rows is None and source.format != format:
         raise UserError(f"{path}: not a file of {format}, but of {source.format}")
@@ -109,6 +113,7 @@ def _open(name: str, images: Path | None, format: str | None) -> Source:
 
 def _open_file(path: Path, images: Path | None, format: str | None) -> Source:
     rows = format if format in ROW_FORMATS else None
+    _check_plain([path])
     if path.suffix in _PACKED:
         raise UserError(f"{path}: a packed file can't be read row by row; unpack it first")
     if path.suffix in (".tar", ".parquet", ".arrow"):
@@ -153,12 +158,20 @@ def _open_folder(path: Path, images: Path | None, rows: str | None, split: str =
 
 
 def _open_files(path: Path, files: list[Path], images: Path | None, rows: str | None) -> Source:
+    _check_plain(files)
     suffixes = {file.suffix for file in files}
     if suffixes == {".tar"}:
         return Shards(path, files, images, rows)
     if suffixes in ({".parquet"}, {".arrow"}):
         return Columns(path, files, images, rows)
     raise UserError(f"{path}: several files are read when all are .tar, or all .parquet, or all .arrow")
+
+
+def _check_plain(files: list[Path]) -> None:
+    """Whoever opens a pipe waits for somebody to write into it."""
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no plain file but a pipe, a device or a dead link; rows are read from files")
 
 
 def expand_braces(name: str) -> list[str]:
@@ -178,16 +191,20 @@ def expand_braces(name: str) -> list[str]:
 
 
 def expand(name: str) -> list[Path]:
-    """The files of a list with braces or * in it; UserError when one isn't there."""
-    files: list[Path] = []
-    for one in expand_braces(name):
-        path = Path(one)
-        found = sorted(path.parent.glob(path.name)) if re.search(r"[*?\[]", path.name) else [path]
+    """The files of a list with braces or * in it, which a folder or file that is there may have in its own name.
+
+    UserError when one isn't there.
+    """
+    whole, files = Path(name), list[Path]()
+    if whole.is_file():
+        return [whole]
+    folder = next((parent for parent in whole.parents if parent.is_dir()), Path())
+    for one in expand_braces(str(whole.relative_to(folder))):
+        path = folder / one
+        found = [path] if path.is_file() else sorted(path.parent.glob(path.name))
         if not found or not all(file.is_file() for file in found):
-            raise UserError(f"{one}: no such data file")
+            raise UserError(f"{path}: no such data file")
         files += found
-    if not files:
-        raise UserError(f"{name}: no files")
     return files
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,6 +156,46 @@ def test_what_was_stopped_goes_on_where_it_was(
     convert(open_source(folder / "rows.jsonl"), whole, to, size=2)
     files = [file.relative_to(whole) for file in whole.rglob("*")] if to == "webdataset" else [Path()]
     assert [(out / file).read_bytes() for file in files] == [(whole / file).read_bytes() for file in files]
+
+
+@pytest.mark.parametrize("to", ["messages", "webdataset"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_disk_is_said_in_a_sentence_and_what_is_finished_is_kept(
+    folder: Path, tmp_path: Path, to: str, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": "?", "answer": str(number)} for number in range(12_000)]
+    rows.append({"question": "?", "answer": "long" * 1_000_000})
+    out = tmp_path / ("out.jsonl" if to == "messages" else "out")
+    arguments = ["data", "convert", str(rows_file(folder, rows)), "--to", to, "--out", str(out)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limits[1]))  # as a disk that takes no more
+    try:
+        assert main([*arguments, "--workers", str(workers)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err
+    assert told == (
+        f"vlm data: {out}: cannot be written (File too large); the same command goes on with what is finished\n"
+    )
+    assert not [*tmp_path.rglob("*.new")]
+    assert main([*arguments, "--workers", "0"]) == 0
+    assert f"{2 if to == 'messages' else 12} of {3 if to == 'messages' else 13} parts are there" in (
+        capsys.readouterr().err
+    )
+    assert len(open_source(out)) == len(rows)
+
+
+def test_a_name_that_is_too_long_is_said_in_a_sentence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, long = rows_file(folder, ROWS), tmp_path / f"{'x' * 300}.jsonl"
+    for source, out in ((path, long), (long, tmp_path / "out.jsonl"), (path, tmp_path / f"{'x' * 245}.jsonl")):
+        assert main(["data", "convert", str(source), "--out", str(out)]) == 1
+        wrong = source if source == long else out
+        told = capsys.readouterr().err
+        assert told.startswith(f"vlm data: {wrong}: cannot be ")
+        assert "(File name too long)" in told
+        assert "--debug" not in told
 
 
 def test_parts_of_another_source_are_not_used(

@@ -7,12 +7,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.sources import Source, open_source
+from data.sources import Source, open_data, open_source
+from data.streams import ColumnStream
 from vlm import UserError
 
 REAL = os.environ.get("VLM_DEV_DATA", "")
@@ -132,6 +135,48 @@ def test_a_file_or_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", line("a"))
     with pytest.raises(UserError, match="elsewhere: no such image folder"):
         open_source(path, images=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "a.tar", "a.parquet", "folder"])
+def test_a_pipe_is_refused_before_anybody_waits_for_it(tmp_path: Path, name: str) -> None:
+    pipe = tmp_path / name
+    if name == "folder":
+        pipe = pipe / "a.tar"
+        pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"{pipe}: no plain file but a pipe"):
+        open_source(tmp_path / name)
+    with pytest.raises(UserError, match="/dev/null: no plain file"):
+        open_source("/dev/null")
+
+
+def test_braces_and_marks_in_names_of_what_is_there_are_no_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for folder in ("{x,y}", "{0..9}/[a]", "x", "a"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("rows{1,2}.jsonl", "one-0.parquet", "one-1.parquet", "[1].parquet", "{a,b}.parquet"):
+            path = tmp_path / folder / name
+            if path.suffix == ".jsonl":
+                write(path, line(folder))
+            else:
+                pq.write_table(pa.table({"question": ["?"], "answer": [f"{folder} {name}"]}), path)
+    for folder in ("{x,y}", "{0..9}/[a]"):
+        root = tmp_path / folder
+        assert answers(open_source(root / "rows{1,2}.jsonl")) == [folder]
+        expected = [f"{folder} one-{number}.parquet" for number in range(2)]
+        for pattern in ("one-{0..1}.parquet", "one-*.parquet"):
+            assert answers(open_source(root / pattern)) == expected
+            stream = open_data(str(root / pattern), tmp_path, None, None, stream=True)
+            assert isinstance(stream, ColumnStream)
+            assert stream.files == [root / f"one-{number}.parquet" for number in range(2)]
+        for name in ("[1].parquet", "{a,b}.parquet"):
+            assert answers(open_source(root / name)) == [f"{folder} {name}"]
+            stream = open_data(str(root / name), tmp_path, None, None, stream=True)
+            assert [answers_of([item], 0) for item in stream.head(3)] == [f"{folder} {name}"]
+    with pytest.raises(UserError, match=r"\{x,y\}/two-0\.parquet: no such data file"):
+        open_source(tmp_path / "{x,y}" / "{one,two}-0.parquet")
 
 
 def test_rows_out_of_range_are_none(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import pwd
 import random
 import subprocess
 import sys
@@ -232,6 +233,17 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
     path = write(tmp_path / "rows.jsonl", line("a"))
     assert texts(open_source(path)) == ["a"]
     assert "the index isn't kept" in capsys.readouterr().err
+
+
+def test_without_a_home_the_place_for_indexes_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "rows.jsonl", line("a"))
+    for name in ("HOME", "VLM_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", dict[int, Any]().__getitem__)  # as for a number that is nobody's
+    assert len(open_source(path)) == 1  # whose index isn't kept
+    monkeypatch.setattr(index, "KEEP_FROM", 1)
+    with pytest.raises(UserError, match="no home folder to keep indexes in; name a folder for them in VLM_CACHE"):
+        open_source(path)
 
 
 KILLED = """
