@@ -54,7 +54,7 @@ def _convert(options: argparse.Namespace) -> int:
     from data.workers import processors
     from vlm.errors import UserError
 
-    source = open_source(options.source, options.images, options.format)
+    source = open_source(options.source, options.images, options.format, whole=False)
     print(f"{options.source}: {len(source)} rows of {source.format}")
     size = options.shard_size if options.to == "webdataset" else None
     done = convert(source, options.out, options.to, size, processors() if options.workers is None else options.workers)
@@ -117,7 +117,7 @@ def _check(options: argparse.Namespace) -> int:
     from data.check import check_source
     from data.sources import open_source
 
-    source = open_source(options.source, options.images, options.format)
+    source = open_source(options.source, options.images, options.format, whole=False)
     against = [open_source(path, options.against_images) for path in options.against]
     findings = check_source(source, _spec(options, options.context), options.decode_all, against, options.workers)
     if options.report is not None:
@@ -144,7 +144,7 @@ def _show(options: argparse.Namespace) -> int:
     from data.show import show_row
     from data.sources import open_source
 
-    source = open_source(options.source, options.images, options.format)
+    source = open_source(options.source, options.images, options.format, whole=False)
     show_row(source, options.number, _spec(options), options.save, options.draw)
     return 0
 

@@ -33,21 +33,24 @@ class Lines(FileRows):
 
 
 class Elements(FileRows):
-    """The elements of a JSON array, named file[index]."""
+    """The elements of a JSON array, named file[index]; what breaks it off is a broken row behind the last."""
 
     def _index(self) -> Arrays:
         def build(file: BinaryIO, tell: Tell) -> Arrays:
-            scanner = Scanner(file, self.path, tell)
-            starts = element_starts(scanner)
-            scanner.end()
-            return {"starts": starts}
+            starts, error = element_starts(Scanner(file, self.path, tell))
+            why = str(error or "").removeprefix(str(self.path)).partition(": ")[2]
+            return {"starts": starts, "cut": np.frombuffer(why.encode(), np.uint8)}
 
-        return indexed("elements", self.path, build)
+        arrays = indexed("elements", self.path, build)
+        self.cut = arrays["cut"].tobytes().decode()
+        return arrays
 
     def where(self, index: int) -> str:
         return f"{self.path}[{index}]"
 
     def row(self, index: int) -> Any:
+        if self.cut and index == len(self) - 1:
+            raise UserError(f"{self.where(index)}: {self.cut}; what lies behind isn't read")
         return parse(strip_comma(self._read(index)), lambda: self.where(index))
 
 
@@ -87,14 +90,22 @@ def index_lines(file: BinaryIO, tell: Tell) -> Arrays:
     return {"starts": np.concatenate(starts).astype(np.int64), "numbers": told[:0] if counted else told}
 
 
-def element_starts(scanner: Scanner) -> np.ndarray[Any, Any]:
-    """Where the elements of the array begin at which the scanner stands, and where the last of them ends."""
+def element_starts(scanner: Scanner) -> tuple[np.ndarray[Any, Any], UserError | None]:
+    """Where the elements of an array that is all of a file begin, and where the last ends; what breaks the array off
+    behind some of them, which is one element more."""
     starts: list[int] = []
-    end = scanner.offset
-    for _ in scanner.members():
-        start, end, _ = scanner.value()
-        starts.append(start)
-    return np.array([*starts, end], np.int64)
+    end, broken = scanner.offset, None
+    try:
+        for _ in scanner.members():
+            start, end, _ = scanner.value()
+            starts.append(start)
+        scanner.end()
+    except UserError as error:
+        if not starts:
+            raise
+        starts.append(end)
+        broken = error
+    return np.array([*starts, end], np.int64), broken
 
 
 def strip_comma(text: bytes) -> bytes:

@@ -40,6 +40,7 @@ class Source(ABC):
 
     # whether images are in the source itself, so that whoever writes its rows elsewhere has to copy them
     holds_images = False
+    cut = ""  # why there is nothing to be read behind its last row, which is broken, though there may be rows
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -60,11 +60,12 @@ def open_data(name: str, root: Path, images: Path | None, format: str | None, st
     return ColumnStream(source, files, images, rows)
 
 
-def open_source(path: str | Path, images: Path | None = None, format: str | None = None) -> Source:
+def open_source(path: str | Path, images: Path | None = None, format: str | None = None, whole: bool = True) -> Source:
     """The rows of a file, a folder or a data set of the hub; the format is found where it isn't given.
 
     path: a file or folder; several tars or Parquet files as `a-{000..012}.tar` or `a-*.tar`; QUESTIONS.json+ANNOTATIONS
     .json; hub:owner/name[:config]; a split is named behind @. images: the folder that image paths are relative to.
+    whole: refuses a JSON array that breaks off, as nobody knows what is lost; else its end is one broken row.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
@@ -79,6 +80,9 @@ def open_source(path: str | Path, images: Path | None = None, format: str | None
     rows = format if format in ROW_FORMATS else None
     if format is not None and rows is None and source.format != format:
         raise UserError(f"{path}: not a file of {format}, but of {source.format}")
+    if whole and source.cut:
+        where = source.where(len(source) - 1)
+        raise UserError(f"{where}: {source.cut}; `vlm data convert` saves the rows before it")
     source.check_format()
     return source
 

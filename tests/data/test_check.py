@@ -358,3 +358,18 @@ def test_ctrl_c_ends_it_and_its_workers(folder: Path) -> None:
     assert b"Traceback" not in err
     assert b"interrupted" in err
     assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_an_array_that_breaks_off_is_one_broken_row_for_check_and_saved_by_convert(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "rows.json"
+    path.write_text(json.dumps([row("0.png"), row(), row("1.png")])[:-9])
+    assert main(["data", "check", str(path), "--json", "--workers", "0"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["rows"], told["good"], [bad["where"] for bad in told["bad_rows"]]) == (3, 2, [f"{path}[2]"])
+    assert told["bad_rows"][0]["reason"].startswith("not valid JSON (the file ends in the middle; was it cut off?)")
+    convert = ["data", "convert", str(path), "--workers", "0", "--max-bad", "50%", "--out", str(folder / "saved.jsonl")]
+    assert main(convert) == 0
+    assert len(open_source(folder / "saved.jsonl")) == 2
+    assert len((folder / "saved.quarantine.jsonl").read_text().splitlines()) == 1

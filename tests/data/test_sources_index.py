@@ -56,10 +56,11 @@ def test_elements_are_found_whatever_the_window(
     for window in (17, 18, 19, 40, 1 << 20):
         scanner._WINDOW = window
         try:
-            starts = lines.element_starts(Scanner(io.BytesIO(text), path))
+            starts, broken = lines.element_starts(Scanner(io.BytesIO(text), path))
         finally:
             scanner._WINDOW = before
         found = [lines.strip_comma(text[a:b]) for a, b in pairwise(starts)]
+        assert broken is None
         assert [json.loads(row.decode(errors="surrogatepass")) for row in found] == rows
 
 
@@ -75,16 +76,16 @@ def test_objects_are_walked_through_in_any_window() -> None:
 
 BROKEN = {
     "a comma too many": (b'[{"a": 1},\n{"a": 2},,\n{"a": 3}]', 2, "Expecting value, line 2"),
-    "no comma": (b'[{"a": 1}\n{"a": 2}]', 0, r"',' or ']' is due, line 2"),
+    "no comma": (b'[{"a": 1}\n{"a": 2}]', 1, r"',' or ']' is due, line 2"),
     "a comma at the end": (b'[{"a": 1},\n]', 1, "Expecting value, line 2"),
     "a broken row": (b'[{"a": 1},\n\n{"a": nope},\n{"a": 3}]', 1, "Expecting value, line 3"),
     "a line end in a text": (b'[{"a": 1},\n{"a": "\n"}]', 1, "Invalid control character at, line 2"),
     "a NUL": (b'[{"a": 1},\n\0{"a": ""}]', 1, "Expecting value, line 2"),
     "cut off in a text": (b'[{"a": 1},\n{"a": "abc', 1, "the file ends in the middle; was it cut off"),
     "cut off in a row": (b'[{"a": 1},\n{"a": ', 1, "the file ends in the middle; was it cut off"),
-    "cut off between": (b'[{"a": 1},\n{"a": 2}\n', 1, "the file ends in the middle; was it cut off"),
+    "cut off between": (b'[{"a": 1},\n{"a": 2}\n', 2, "the file ends in the middle; was it cut off"),
     "a bomb": (b'[{"a": 1},' + b"[" * 200_000, 1, "nested too deeply, line 1"),
-    "more behind it": (b'[{"a": 1}]\n[{"a": 2}]', None, "more behind its end, line 2"),
+    "more behind it": (b'[{"a": 1}]\n[{"a": 2}]', 1, "more behind its end, line 2"),
 }
 
 
@@ -97,9 +98,23 @@ def test_a_broken_array_is_named_with_the_row_and_the_line(
         request.getfixturevalue("small_windows")
     content, row, complaint = BROKEN[kind]
     path = write(tmp_path / "rows.json", content)
-    place = "" if row is None else rf"\[{row}\]"
-    with pytest.raises(UserError, match=rf"^{path}{place}: not valid JSON \({complaint}"):
+    place = rf"^{path}\[{row}\]: not valid JSON \({complaint}.*"
+    with pytest.raises(UserError, match=rf"{place}; `vlm data convert` saves the rows before it"):
         open_source(path)
+    source = open_source(path, whole=False)
+    assert [source.row(index) for index in range(len(source) - 1)] == [{"a": 1}, {"a": 2}][:row]
+    for opened in (source, pickle.loads(pickle.dumps(source))):
+        with pytest.raises(UserError, match=f"{place}; what lies behind isn't read"):
+            opened[row]
+
+
+def test_rows_before_a_break_are_kept_in_the_index_with_it(tmp_path: Path, kept: Path) -> None:
+    path = write(tmp_path / "rows.json", b"[" + line("a") + b"," + line("b")[:-3])
+    first = open_source(path, whole=False)
+    assert len([*kept.glob("*.npz")]) == 1
+    again = open_source(path, whole=False)
+    assert (len(again), again.cut, again[0]) == (2, first.cut, first[0])
+    assert "was it cut off?" in again.cut
 
 
 def test_a_row_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
