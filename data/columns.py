@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.formats import read_row
+from data.index import fingerprint
 from data.pictures import ImageBytes
 from data.records import Record
 from data.rows import Source, image_folder
@@ -44,6 +45,12 @@ class Columns(Source):
     def files(self) -> list[Path]:
         return self._files
 
+    def fingerprint(self) -> str:
+        if not self._files:
+            ends = [self._data[index].to_pylist() for index in (0, len(self) - 1)]
+            return fingerprint([], str(self.path), self.split, len(self), ends)
+        return fingerprint([file for one in self._files for file in ([one] if one.is_file() else _arrow_files(one))])
+
     def __len__(self) -> int:
         return len(self._data)
 
@@ -67,6 +74,11 @@ class Columns(Source):
     @cached_property
     def _folded(self) -> frozenset[str]:
         return image_columns(self._data.data.schema)
+
+
+def _arrow_files(folder: Path) -> list[Path]:
+    """Of a folder that was saved."""
+    return sorted(folder.rglob("*.arrow"))
 
 
 def image_folder_of(path: Path, files: Sequence[Path]) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.formats import read_row, row_format
-from data.index import Arrays
+from data.index import Arrays, fingerprint
 from data.records import Record
 from data.scanner import MOST_BYTES
 from vlm.errors import UserError
@@ -56,6 +56,10 @@ class Source(ABC):
     def files(self) -> list[Path]:
         """What it reads rows from; none for a data set of the hub."""
         return [self.path]
+
+    def fingerprint(self) -> str:
+        """Of what rows are read from (pictures that are files of their own not included): other data, another one."""
+        return fingerprint(self.files())
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):

@@ -21,6 +21,7 @@ import numpy as np
 from data.bad import Bad
 from data.columns import image_columns, image_folder_of, open_columns, unfold_row
 from data.formats import read_row
+from data.index import fingerprint
 from data.pictures import ImageBytes, ImageSlice
 from data.records import Record
 from data.rows import Source
@@ -76,6 +77,10 @@ class Stream(ABC):
         return items
 
     @abstractmethod
+    def fingerprint(self) -> str:
+        """Of what it's read from, as far as that can be told without reading it: other data, another one."""
+
+    @abstractmethod
     def blocks(
         self, state: StreamState, seed: int, shuffle: bool, rank: int, world: int
     ) -> Iterator[tuple[int, dict[str, Any], Sequence[Item]]]:
@@ -90,6 +95,9 @@ class ShardStream(Stream):
 
     def __init__(self, path: Path, addresses: Sequence[str], row_format: str | None = None) -> None:
         self.path, self.addresses, self.row_format = path, list(addresses), row_format
+
+    def fingerprint(self) -> str:
+        return fingerprint([], *self.addresses)
 
     def blocks(
         self, state: StreamState, seed: int, shuffle: bool, rank: int, world: int
@@ -158,6 +166,9 @@ class ColumnStream(Stream):
     ) -> None:
         self.path, self.files, self.row_format, self.split = path, list(files), row_format, split
         self.images = images or image_folder_of(path, self.files)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.files) if self.files else fingerprint([], str(self.path), self.split)
 
     def blocks(
         self, state: StreamState, seed: int, shuffle: bool, rank: int, world: int

@@ -250,6 +250,38 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
     assert "the index isn't kept" in capsys.readouterr().err
 
 
+def test_a_fingerprint_is_of_the_data_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_WHOLE", 1 << 12)
+    for name, rows in (("small.jsonl", 3), ("big.jsonl", 3000)):
+        content = b"\n".join(line(f"{number:05}") for number in range(rows))
+        path = write(tmp_path / name, content)
+        told = open_source(path).fingerprint()
+        os.utime(path, (1, 1))
+        (tmp_path / "copies").mkdir(exist_ok=True)
+        copy = write(tmp_path / "copies" / name, content)
+        assert open_source(path).fingerprint() == open_source(copy).fingerprint() == told
+        changed = [content.replace(b"00000", b"00009", 1), content + b"\n", content[:-3] + b'X"}']
+        if rows == 3:
+            changed.append(content.replace(b"00001", b"00009"))
+        else:
+            changed.append(b"\n".join(reversed(content.split(b"\n"))))
+        told_of_others = {open_source(write(copy, other)).fingerprint() for other in changed}
+        assert len(told_of_others | {told}) == 5
+
+
+def test_a_fingerprint_of_many_files_goes_by_names_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [write(tmp_path / f"{number}.bin", bytes(number)) for number in range(20)]
+    told = index.fingerprint(files)
+    monkeypatch.setattr(Path, "open", lambda *_, **__: pytest.fail("a file was opened"))
+    assert index.fingerprint(files) == told
+    monkeypatch.undo()
+    write(files[7], bytes(8))
+    assert index.fingerprint(files) != told
+    assert index.fingerprint([], "a", "b") != index.fingerprint([], "ab")
+    with pytest.raises(UserError, match=r"gone: cannot be read \(No such file"):
+        index.fingerprint([tmp_path / "gone"])
+
+
 def test_without_a_home_the_place_for_indexes_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "rows.jsonl", line("a"))
     for name in ("HOME", "VLM_CACHE"):

@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -134,6 +135,19 @@ def test_a_cycle_has_every_row_once_with_its_picture(stream: Stream) -> None:
         if isinstance(item, Record):
             shard, row = map(int, said(item).split("-"))
             assert load_image(item.images[0]).getpixel((0, 0)) == (10 * shard + row,) * 3
+
+
+def test_streams_of_the_same_data_have_the_same_fingerprint(parquet: Path, tmp_path: Path) -> None:
+    def streamed(folder: Path) -> str:
+        return open_data(str(folder), Path(), None, None, stream=True).fingerprint()
+
+    copy = Path(shutil.copytree(parquet, tmp_path / "copy"))
+    assert streamed(parquet) == streamed(copy)
+    (copy / "rows-3.parquet").unlink()
+    assert streamed(parquet) != streamed(copy)
+    names = ["http://a/{0..1}.tar", "http://a/{0..2}.tar"]
+    assert len({open_data(name, Path(), None, None, True).fingerprint() for name in names}) == 2
+    assert ColumnStream(Path("hub:a/b")).fingerprint() != ColumnStream(Path("hub:a/c")).fingerprint()
 
 
 def test_unshuffled_rows_come_in_order(stream: Stream) -> None:

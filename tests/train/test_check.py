@@ -9,6 +9,7 @@ import torch
 
 import train.loop
 from tests.conftest import TinyModels
+from tests.train.kills import killed_at
 from tests.train.recipes import LANGUAGE, VISION, chat_recipe, write_recipe
 from train.build import build_encoder, build_language_model
 from train.check import check_processes, check_recipe
@@ -122,25 +123,14 @@ def test_an_encoder_is_no_language_model(
                 check_recipe(recipe)
 
 
-def test_a_run_without_a_step_leaves_nothing_and_one_with_a_step_stays(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_without_a_step_leaves_nothing_and_one_with_a_step_stays(scenes: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "r.yaml", chat_recipe(scenes, steps=2))
     run = tmp_path / "run"
     arguments = ["train", str(path), "--out", str(run)]
     assert main([*arguments, "context=10"]) == 1
     assert not run.exists()
-    real, calls = train.loop.optimizer_step, 0
-
-    def dying(*args: Any) -> dict[str, Any]:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise UserError("enough")
-        return real(*args)
-
-    monkeypatch.setattr(train.loop, "optimizer_step", dying)
-    assert main(arguments) == 1
+    with killed_at(step=2):
+        main([*arguments, "--debug"])
     assert len(Run(run).metrics()) == 1
     assert (run / "recipe.yaml").is_file()
 
