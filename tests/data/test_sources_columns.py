@@ -200,3 +200,23 @@ def test_a_files_name_is_no_pattern(tmp_path: Path) -> None:
     for name, rows in (("p[1].parquet", 3), ("p1.parquet", 7)):
         pq.write_table(pa.table({"question": ["?"] * rows, "answer": ["a"] * rows}), tmp_path / name)
     assert len(open_source(tmp_path / "p[1].parquet")) == 3
+
+
+def test_fingerprints_of_saved_folders_files_and_the_hub_tell_changed_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(number: int, answer: str) -> list[str]:
+        rows = [{"question": "?", "answer": "a", "image": IMAGES[0]}, {"question": "?", "answer": answer}]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        table(rows).save_to_disk(str(folder / "saved"))
+        pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table(rows))
+        hub = open_source("hub:owner/name").fingerprint()
+        monkeypatch.undo()
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        return [hub, *(open_source(folder / name).fingerprint() for name in ("saved", "rows.parquet"))]
+
+    first = told(1, "b")
+    assert told(2, "b") == first
+    assert not {*told(3, "c")} & {*first}
