@@ -118,15 +118,15 @@ def run_stage(
     optimizer = make_optimizer(parts, stage)
     assert_only_these_learn(objective.model, parts, optimizer)
     mixture = open_mixture(recipe, stage, index)
-    rows = mixture.rows
+    data = [source.fingerprint() for source in mixture.sources]
     samples = max(1, round(stage.epochs * len(mixture))) if stage.epochs else None
     total = stage.steps or samples or 0
     world, rank = accelerator.num_processes, accelerator.process_index
-    at = Position(index, 0, offset, [asdict(State())] * world, [], rows)
+    at = Position(index, 0, offset, [asdict(State())] * world, [], mixture.rows, data)
     objective.model.to(accelerator.device)
     if checkpoint is not None:
         at = read_position(checkpoint)
-        check_position(checkpoint, at, world, rows)
+        check_position(checkpoint, at, world, mixture)
         restore(checkpoint, objective.model, optimizer)
         set_random_state(at.random[rank])
     if accelerator.is_main_process:
@@ -175,7 +175,7 @@ def run_stage(
             if stopping or (done % recipe.checkpoint_every == 0 and behind + now < total):
                 loaders, random = gather_object([asdict(step.state)]), gather_object([random_state()])
                 if accelerator.is_main_process:
-                    position = Position(index, done, offset + done, loaders, random, rows)
+                    position = Position(index, done, offset + done, loaders, random, mixture.rows, data)
                     save_state(run.checkpoints, position, objective.model, optimizer, recipe.keep_checkpoints)
                 accelerator.wait_for_everyone()
                 if stopping:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from data.mixture import Mixture
 from vlm.checkpoint import written_aside
 from vlm.errors import UserError
 
@@ -16,7 +17,8 @@ from vlm.errors import UserError
 @dataclass(frozen=True)
 class Position:
     """stage: index in the recipe; done: its finished steps; step: finished steps of the whole run; loaders: where each
-    rank's loader is; random: each rank's random state; rows: of the stage's data, which must not have changed."""
+    rank's loader is; random: each rank's random state; rows, data: of each of the stage's sources their number and its
+    fingerprint, which must not have changed."""
 
     stage: int
     done: int
@@ -24,6 +26,7 @@ class Position:
     loaders: list[dict[str, Any]]
     random: list[dict[str, torch.Tensor]]
     rows: list[int]
+    data: list[str]
 
 
 def save_state(folder: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
@@ -46,17 +49,19 @@ def read_position(checkpoint: Path) -> Position:
     return Position(**_read(checkpoint)["position"])
 
 
-def check_position(checkpoint: Path, position: Position, world: int, rows: list[int]) -> None:
+def check_position(checkpoint: Path, position: Position, world: int, mixture: Mixture) -> None:
     """UserError where the rest of the run can't be what it would have been."""
     if len(position.loaders) != world:
         raise UserError(
             f"{checkpoint}: was written by {len(position.loaders)} processes, and this run has {world}; start as many, "
             "so that each goes on where it was"
         )
-    if position.rows != rows:
-        raise UserError(
-            f"{checkpoint}: the stage's data had {position.rows} rows and has {rows} now; put the old data back"
-        )
+    for source, then, now in zip(mixture.sources, position.rows, mixture.rows, strict=True):
+        if then != now:
+            raise UserError(f"{checkpoint}: {source.path} had {then} rows and has {now} now; put the old data back")
+    for source, data in zip(mixture.sources, position.data, strict=True):
+        if data != source.fingerprint():
+            raise UserError(f"{checkpoint}: {source.path} holds other rows than it did; put the old data back")
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -194,12 +194,21 @@ def test_a_checkpoint_of_other_data_or_other_processes_is_refused(scenes: Path, 
     checkpoint = latest(run.checkpoints)
     assert checkpoint is not None
     position = read_position(checkpoint)
-    rows = [30, len((scenes / "text.jsonl").read_text().splitlines())]
-    check_position(checkpoint, position, 1, rows)
+    rows, text = tmp_path / "rows.jsonl", open_source(scenes / "text.jsonl")
+
+    def now() -> Mixture:
+        return Mixture([open_source(rows, scenes / "images"), text], 0, [30, 7])
+
+    check_position(checkpoint, position, 1, now())
     with pytest.raises(UserError, match="written by 1 processes, and this run has 2"):
-        check_position(checkpoint, position, 2, rows)
-    with pytest.raises(UserError, match=r"the stage's data had \[30, 40\] rows and has \[29, 40\] now"):
-        check_position(checkpoint, position, 1, [29, 40])
+        check_position(checkpoint, position, 2, now())
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([*lines[:3], lines[4], lines[3], *lines[5:]]))
+    with pytest.raises(UserError, match=r"rows.jsonl holds other rows than it did; put the old data back"):
+        check_position(checkpoint, position, 1, now())
+    rows.write_text("\n".join(lines[:29]))
+    with pytest.raises(UserError, match=r"rows.jsonl had 30 rows and has 29 now; put the old data back"):
+        check_position(checkpoint, position, 1, now())
 
 
 @pytest.mark.parametrize(

@@ -90,10 +90,10 @@ def test_an_interrupted_checkpoint_leaves_the_last_good_one(tmp_path: Path, monk
 
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    save_state(tmp_path, Position(0, 1, 1, [], [], []), model, optimizer, keep=2)
+    save_state(tmp_path, Position(0, 1, 1, [], [], [], []), model, optimizer, keep=2)
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        save_state(tmp_path, Position(0, 2, 2, [], [], []), model, optimizer, keep=2)
+        save_state(tmp_path, Position(0, 2, 2, [], [], [], []), model, optimizer, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert latest(tmp_path) == tmp_path / "step-1"
 
