@@ -198,7 +198,7 @@ def test_blocks_of_columns_are_read_whole_and_again_whatever_the_row_groups(
 def test_a_stream_that_nobody_reads_on_ends_without_a_word(parquet: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom data.sources import open_data\n"
-        "from data.streams import StreamState\n"
+        "from data import streams\nfrom data.streams import StreamState\nstreams.BLOCK = 1\n"
         "rows = open_data(sys.argv[1], Path(), None, None, True).read(StreamState(), 0, False)\nprint(next(rows)[0])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(parquet)], capture_output=True, text=True, check=True)
