@@ -36,6 +36,7 @@ class Columns(Source):
         self._data = open_columns(path, files, split)
         super().__init__(path, images or image_folder_of(path, files), row_format)
         self._files, self.split, self.format = files, split, "hf"
+        self._name = named(path, split)
         if not len(self):
             raise UserError(f"{path}: no rows in it")
 
@@ -55,7 +56,7 @@ class Columns(Source):
         return len(self._data)
 
     def where(self, index: int) -> str:
-        return f"{self.path}[{index}]"
+        return f"{self._name}[{index}]"
 
     def row(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -74,6 +75,11 @@ class Columns(Source):
     @cached_property
     def _folded(self) -> frozenset[str]:
         return image_columns(self._data.data.schema)
+
+
+def named(path: Path, split: str) -> str:
+    """What rows are named by: other splits of a data set are other rows."""
+    return f"{path}@{split}" if split else str(path)
 
 
 def _arrow_files(folder: Path) -> list[Path]:

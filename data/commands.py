@@ -137,7 +137,9 @@ def _check(options: argparse.Namespace) -> int:
         print_report(findings, Console(highlight=False, width=None if sys.stdout.isatty() else WIDE))
         if options.report is not None:
             print(f"written: {options.report}")
-    return int(findings.bad_share > options.max_bad)
+    if source.cut:
+        print(f"{source.path}: a run doesn't start with it; `vlm data convert` saves the rows before", file=sys.stderr)
+    return int(findings.bad_share > options.max_bad or bool(source.cut))
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """`vlm data convert`: any source as canonical JSONL or WebDataset shards, in parts that a killed run keeps."""
 
+import errno
 import io
 import json
 import os
@@ -101,8 +102,9 @@ def convert(source: Source, out: Path, to: Target = "messages", size: int | None
     try:
         return _write_parts(job, workers)
     except OSError as error:
-        why = error.strerror or first_line(error)
-        raise UserError(f"{out}: cannot be written ({why}); the same command goes on with what is finished") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        later = "; the same command goes on with what is finished" if full else ""
+        raise UserError(f"{out}: cannot be written ({error.strerror or first_line(error)}){later}") from error
 
 
 def _write_parts(job: Job, workers: int) -> Converted:

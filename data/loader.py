@@ -27,7 +27,7 @@ Made_co = TypeVar("Made_co", covariant=True)
 Task = TypeVar("Task")
 _Task = tuple[tuple[int, int], Record | Bad | None]  # a sample's epoch and slot, and its row where that was streamed
 CHUNK = 8  # rows that a worker prepares at a time
-BROKEN_IN_A_ROW = 256  # a step with so many ends early, so that they are told of
+BROKEN_IN_A_ROW = 256  # a step or window with so many ends early, so that they are told of
 
 
 class Preparation(Protocol[Made_co]):
@@ -46,11 +46,13 @@ class Preparation(Protocol[Made_co]):
 @dataclass(frozen=True)
 class State:
     """Where a rank's loader is. next: its next sample, or the first of the window it is in; taken: rows of that window
-    that were given out; seen: samples that were, broken ones included; streams: where streams are at `next`."""
+    that were given out; seen: samples that were, broken ones included; broken: how many of them were; streams: where
+    streams are at `next`."""
 
     next: int = 0
     taken: int = 0
     seen: int = 0
+    broken: int = 0
     streams: tuple[StreamState, ...] = ()
 
 
@@ -118,14 +120,15 @@ class Loader(Generic[Made]):
                 taken.append(row)
                 if not row.examples:
                     break
-            state = taken[-1].state if taken else state
+            bad = [bad for row in taken for bad in row.bad]
+            state = replace(taken[-1].state, broken=state.broken + len(bad)) if taken else state
             documents = [row.examples for row in taken if row.examples]
             yield Step(
                 [
                     self.preparation.collate(documents[start : start + self.micro])
                     for start in range(0, self.share, self.micro)
                 ],
-                [bad for row in taken for bad in row.bad],
+                bad,
                 state,
             )
 
@@ -134,7 +137,7 @@ class Loader(Generic[Made]):
         seen = state.seen
         for number, made, streams in self._made(self._encode_and_load, state):
             seen += 1
-            after = State(number + 1, 0, seen, streams)
+            after = State(number + 1, 0, seen, streams=streams)
             yield _Row([], [made], after) if isinstance(made, Bad) else _Row([made], [], after)
 
     def _planned(self, state: State) -> Iterator[_Row]:
@@ -169,7 +172,7 @@ class Loader(Generic[Made]):
             for place, row in enumerate(rows[state.taken :], start=state.taken + 1):
                 seen += len(row)
                 yield _Row(row, bad if place == 1 else [], replace(state, taken=place, seen=seen))
-            state = State(number + 1, 0, seen, streams)
+            state = State(number + 1, 0, seen, streams=streams)
             if not rows:
                 yield _Row([], bad, state)
 

@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,14 +75,15 @@ class Mixture:
         return [-1 if isinstance(source, Stream) else len(source) for source in self.sources]
 
     def reach(self, samples: int | None) -> int | None:
-        """Different rows that so many samples can meet, None for a stream. What is listed twice is counted once."""
-        most: dict[str, int] = {}
+        """Different rows that so many samples meet at most, None for a stream. What is listed twice counts once."""
+        met: dict[tuple[str, Path], int] = {}
         for source, count in zip(self.sources, self.counts, strict=True):
             if isinstance(source, Stream):
                 return None
-            rows = len(source) if samples is None else min(len(source), -(-samples * count // len(self)))
-            most[source.where(0)] = max(rows, most.get(source.where(0), 0))
-        return sum(most.values())
+            same = source.where(0), source.images
+            rows = len(source) if samples is None else -(-samples * count // len(self))
+            met[same] = min(len(source), met.get(same, 0) + rows)
+        return sum(met.values())
 
     def which(self, sample: Sample) -> int:
         """The source that a sample comes from."""

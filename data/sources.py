@@ -151,7 +151,7 @@ def _open_folder(path: Path, images: Path | None, rows: str | None, split: str =
     for folder in (path, path / "data"):
         for suffix in ("tar", "parquet", "arrow"):
             if files := sorted(folder.glob(f"*.{suffix}")):
-                return _open_files(path, choose_split(path, files, split), images, rows)
+                return _open_files(path, choose_split(path, files, split), images, rows, split)
     names = ("metadata.jsonl", "metadata.csv")
     for file in (path / name for name in names):
         if file.is_file():
@@ -161,13 +161,13 @@ def _open_folder(path: Path, images: Path | None, rows: str | None, split: str =
     raise UserError(f"{path}: no such data file; of a folder tars, Parquet or Arrow files, or {names[0]} are read")
 
 
-def _open_files(path: Path, files: list[Path], images: Path | None, rows: str | None) -> Source:
+def _open_files(path: Path, files: list[Path], images: Path | None, rows: str | None, split: str = "") -> Source:
     _check_plain(files)
     suffixes = {file.suffix for file in files}
     if suffixes == {".tar"}:
         return Shards(path, files, images, rows)
     if suffixes in ({".parquet"}, {".arrow"}):
-        return Columns(path, files, images, rows)
+        return Columns(path, files, images, rows, split)
     raise UserError(f"{path}: several files are read when all are .tar, or all .parquet, or all .arrow")
 
 

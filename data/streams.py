@@ -19,7 +19,7 @@ from weakref import WeakSet
 import numpy as np
 
 from data.bad import Bad
-from data.columns import image_columns, image_folder_of, open_columns, unfold_row
+from data.columns import image_columns, image_folder_of, named, open_columns, unfold_row
 from data.formats import read_row
 from data.index import fingerprint
 from data.pictures import ImageBytes, ImageSlice
@@ -177,6 +177,7 @@ class ColumnStream(Stream):
 
         number, row, read = state.block, int(state.at.get("row", 0)), state.at.get("read")
         part = f" of part {rank + 1} of {world}" if world > 1 else ""
+        name = named(self.path, self.split)
         while True:
             data = open_columns(self.path, self.files, self.split, streaming=True)
             data = split_dataset_by_node(data, rank, world) if world > 1 else data
@@ -186,7 +187,7 @@ class ColumnStream(Stream):
             _reading.add(tables)
             while True:
                 at = {"row": row, "read": data.state_dict()}
-                block = self._take(tables, row, part)
+                block = self._take(tables, name, row, part)
                 if not block:
                     break
                 yield number, at, block
@@ -195,7 +196,7 @@ class ColumnStream(Stream):
                 raise UserError(f"{self.path}: no rows in it")
             row, read = 0, None
 
-    def _take(self, tables: Iterator[Any], first: int, part: str) -> list[Item]:
+    def _take(self, tables: Iterator[Any], name: str, first: int, part: str) -> list[Item]:
         """The next block, [] behind the last. It's one table, as tables of a row each take longer."""
         try:
             table = next(tables, None)
@@ -203,8 +204,8 @@ class ColumnStream(Stream):
                 return []
             rows, folded = table.to_pylist(), image_columns(table.schema)
         except Exception as error:  # the library fails in its own, many ways, and so do networks
-            raise UserError(f"{self.path}: cannot be read on from row {first} ({first_line(error)})") from error
-        return [self._item(row, folded, f"{self.path}[{first + place}{part}]") for place, row in enumerate(rows)]
+            raise UserError(f"{name}: cannot be read on from row {first} ({first_line(error)})") from error
+        return [self._item(row, folded, f"{name}[{first + place}{part}]") for place, row in enumerate(rows)]
 
     def _item(self, row: dict[str, Any], folded: frozenset[str], where: str) -> Item:
         try:

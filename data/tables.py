@@ -45,12 +45,15 @@ class Table(FileRows):
         try:
             text = self._read(index).decode()
             # strict, so that broken quotes are an error
-            (values,) = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True, **self._options) if row]
+            rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True, **self._options) if row]
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: byte {error.start + 1} of the row is no UTF-8") from None
         except (csv.Error, ValueError) as error:
             hint = "; is a quote left open?" if isinstance(error, csv.Error) else ""
             raise UserError(f"{where}: not a row of a table ({error}{hint})") from None
+        if len(rows) != 1:
+            raise UserError(f"{where}: a line break (\\r) inside of a value; put the value in quotes")
+        values = rows[0]
         if len(values) != len(self.header):
             raise UserError(f"{where}: {len(values)} values, where the header names {len(self.header)} columns")
         row: dict[str, Any] = dict(zip(self.header, values, strict=True))

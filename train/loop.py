@@ -58,9 +58,8 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
     check_processes(recipe, accelerator.num_processes)
     if held is None:
         check_recipe(recipe)
-    with accelerator.local_main_process_first():  # it indexes the files that the others open
-        for stage in recipe.stages:
-            check_rows(recipe, stage)
+    for stage in recipe.stages:
+        check_rows(recipe, stage)
     claimed = accelerator.is_main_process and run.claim(recipe, resume)
     accelerator.wait_for_everyone()
     if run.finished:
@@ -126,7 +125,7 @@ def run_stage(
     objective.model.to(accelerator.device)
     if checkpoint is not None:
         at = read_position(checkpoint)
-        check_position(checkpoint, at, world, mixture)
+        check_position(checkpoint, at, world, mixture, data)
         restore(checkpoint, objective.model, optimizer)
         set_random_state(at.random[rank])
     if accelerator.is_main_process:
@@ -159,20 +158,22 @@ def run_stage(
             stopping = counts.pop("stopping") > 0  # of any rank: all stop after the same step
             before, seen = seen, counts.pop("seen")
             learns = counts["supervised"] > 0  # else all that was left were broken rows
-            quarantine.add(gather_object(step.bad) if counts.pop("bad") else [], offset + done + learns, seen)
-            if not learns:
-                continue
+            bad = gather_object(step.bad) if counts.pop("bad") else []
+            quarantine.add(bad, offset + done + learns, seen, counts.pop("broken"))
             now, behind = (1, done) if samples is None else (seen - before, before)
-            set_rates(optimizer, stage, behind, now, total)
-            entry = optimizer_step(objective, model, optimizer, step.micro_batches, stage, accelerator, counts)
-            done += 1
-            entry = {"step": offset + done, "stage": stage.name, **entry}
-            entry["seconds"] = time.perf_counter() - began
-            entry["tokens_per_second"] = entry["tokens"] / entry["seconds"]
-            if not math.isfinite(entry["loss"]):
-                raise UserError(f"{stage.name}: the loss is {entry['loss']} at step {done}; lower the learning rates")
-            monitor.log(entry, behind + now)
-            if stopping or (done % recipe.checkpoint_every == 0 and behind + now < total):
+            if learns:
+                set_rates(optimizer, stage, behind, now, total)
+                entry = optimizer_step(objective, model, optimizer, step.micro_batches, stage, accelerator, counts)
+                done += 1
+                entry = {"step": offset + done, "stage": stage.name, **entry}
+                entry["seconds"] = time.perf_counter() - began
+                entry["tokens_per_second"] = entry["tokens"] / entry["seconds"]
+                if not math.isfinite(entry["loss"]):
+                    raise UserError(
+                        f"{stage.name}: the loss is {entry['loss']} at step {done}; lower the learning rates"
+                    )
+                monitor.log(entry, behind + now)
+            if stopping or (learns and done % recipe.checkpoint_every == 0 and behind + now < total):
                 loaders, random = gather_object([asdict(step.state)]), gather_object([random_state()])
                 if accelerator.is_main_process:
                     position = Position(index, done, offset + done, loaders, random, mixture.rows, data)
@@ -190,9 +191,9 @@ def run_stage(
 
 def count_step(step: Step[Any], stopping: bool, accelerator: Accelerator) -> dict[str, int]:
     """What a step holds, over all ranks, and how many of them are to stop."""
-    names = ("supervised", "tokens", "room", "shortened", "bad", "seen", "stopping")
-    own = [[b.supervised, b.tokens, b.room, len(b.shortened), 0, 0, 0] for b in step.micro_batches]
-    own.append([0, 0, 0, 0, len(step.bad), step.state.seen, int(stopping)])
+    names = ("supervised", "tokens", "room", "shortened", "bad", "seen", "broken", "stopping")
+    own = [[b.supervised, b.tokens, b.room, len(b.shortened), 0, 0, 0, 0] for b in step.micro_batches]
+    own.append([0, 0, 0, 0, len(step.bad), step.state.seen, step.state.broken, int(stopping)])
     counts = accelerator.reduce(torch.tensor(own, device=accelerator.device).sum(0), "sum")
     return dict(zip(names, counts.tolist(), strict=True))
 

@@ -14,42 +14,44 @@ class Quarantine:
     """The broken rows of one stage. Every rank keeps all of them, so that all stop together; one of them writes."""
 
     def __init__(self, run: Run, recipe: Recipe, stage: str, rows: int | None, quiet: bool = False) -> None:
-        """rows: that the stage can meet; None where nobody knows: then the share is that of the rows seen, of 1000 at
-        least."""
-        self.run, self.stage, self.most, self.quiet = run, stage, recipe.max_bad, quiet
-        self.rows, self.streamed = rows or 0, rows is None
-        self.known = {row.where: row for row in run.quarantined(stage)}
+        """rows: different ones that the stage meets; None for streams: then the share is that of the rows seen, of 1000
+        at least, and a stream that begins again is counted again."""
+        self.run, self.stage, self.most, self.rows, self.quiet = run, stage, recipe.max_bad, rows, quiet
+        self.known = {_identity(row): row for row in run.quarantined(stage)}
 
     def __len__(self) -> int:
         return len(self.known)
 
-    def add(self, rows: Iterable[Bad], step: int, seen: int) -> None:
+    def add(self, rows: Iterable[Bad], step: int, seen: int, broken: int) -> None:
         """Rows that are new go into quarantine.jsonl. UserError when more than the allowed share are broken, or all.
 
-        seen: samples that were met so far, over all ranks and epochs.
+        seen: samples that were met so far, over all ranks and epochs; broken: those of them that were.
         """
-        if self.streamed:
-            self.rows = max(self.rows, seen, LEAST_SEEN)
-        new = {row.where: row for row in rows if row.where not in self.known}
+        new = {_identity(row): row for row in rows}
+        new = {identity: row for identity, row in new.items() if identity not in self.known}
         self.known.update(new)
         if new and not self.quiet:
             self.run.quarantine(new.values(), self.stage, step)
-        if self.known and len(self.known) >= self.rows:
+        bad, met = (broken, max(seen, LEAST_SEEN)) if self.rows is None else (len(self), self.rows)
+        if bad >= met:
+            raise UserError(f"{self.stage}: none of the {met} rows that it meets can be used ({self._summary()}")
+        if bad > self.most * met:
             raise UserError(
-                f"{self.stage}: none of the data's rows can be used ({summarise(self.known.values())}); all of them: "
-                f"{self.run.quarantine_file}"
-            )
-        if len(self.known) > self.most * self.rows:
-            raise UserError(
-                f"{self.stage}: {len(self.known)} of {self.rows} rows are broken, more than max_bad ({self.most:.3g}) "
-                f"allows ({summarise(self.known.values())}); all of them: {self.run.quarantine_file}"
+                f"{self.stage}: {bad} of {met} rows are broken, more than max_bad ({self.most:.3g}) allows "
+                f"({self._summary()}"
             )
 
     def summary(self) -> str | None:
         """One line about what was left out."""
         if not self.known:
             return None
-        return (
-            f"{self.stage}: rows left out: {len(self.known)} of {self.rows} ({summarise(self.known.values())}); all of "
-            f"them: {self.run.quarantine_file}"
-        )
+        of = "" if self.rows is None else f" of {self.rows}"
+        return f"{self.stage}: rows left out: {len(self)}{of} ({self._summary()}"
+
+    def _summary(self) -> str:
+        return f"{summarise(self.known.values())}); all of them: {self.run.quarantine_file}"
+
+
+def _identity(row: Bad) -> tuple[str, str]:
+    """The same row may be broken in another way where it's listed again with another folder of images."""
+    return row.where, row.reason

@@ -46,21 +46,24 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_position(checkpoint: Path) -> Position:
-    return Position(**_read(checkpoint)["position"])
+    try:
+        return Position(**_read(checkpoint)["position"])
+    except TypeError:
+        raise UserError(f"{checkpoint}: was written by another version of vlm; go on with that one") from None
 
 
-def check_position(checkpoint: Path, position: Position, world: int, mixture: Mixture) -> None:
+def check_position(checkpoint: Path, position: Position, world: int, mixture: Mixture, data: list[str]) -> None:
     """UserError where the rest of the run can't be what it would have been."""
     if len(position.loaders) != world:
         raise UserError(
             f"{checkpoint}: was written by {len(position.loaders)} processes, and this run has {world}; start as many, "
             "so that each goes on where it was"
         )
-    for source, then, now in zip(mixture.sources, position.rows, mixture.rows, strict=True):
+    for source, had, has in zip(mixture.sources, position.rows, mixture.rows, strict=True):
+        if had != has:
+            raise UserError(f"{checkpoint}: {source.path} had {had} rows and has {has} now; put the old data back")
+    for source, then, now in zip(mixture.sources, position.data, data, strict=True):
         if then != now:
-            raise UserError(f"{checkpoint}: {source.path} had {then} rows and has {now} now; put the old data back")
-    for source, data in zip(mixture.sources, position.data, strict=True):
-        if data != source.fingerprint():
             raise UserError(f"{checkpoint}: {source.path} holds other rows than it did; put the old data back")
 
 

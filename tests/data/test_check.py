@@ -365,8 +365,10 @@ def test_an_array_that_breaks_off_is_one_broken_row_for_check_and_saved_by_conve
 ) -> None:
     path = folder / "rows.json"
     path.write_text(json.dumps([row("0.png"), row(), row("1.png")])[:-9])
-    assert main(["data", "check", str(path), "--json", "--workers", "0"]) == 1
-    told = json.loads(capsys.readouterr().out)
+    assert main(["data", "check", str(path), "--json", "--workers", "0", "--max-bad", "90%"]) == 1
+    out, err = capsys.readouterr()
+    assert "rows.json: a run doesn't start with it" in err
+    told = json.loads(out)
     assert (told["rows"], told["good"], [bad["where"] for bad in told["bad_rows"]]) == (3, 2, [f"{path}[2]"])
     assert told["bad_rows"][0]["reason"].startswith("not valid JSON (the file ends in the middle; was it cut off?)")
     convert = ["data", "convert", str(path), "--workers", "0", "--max-bad", "50%", "--out", str(folder / "saved.jsonl")]

@@ -140,6 +140,7 @@ def test_a_split_is_chosen_not_mixed(tmp_path: Path) -> None:
             source = open_source(f"{tmp_path / folder}@{split}")
             assert [record.messages[-1]["content"][0]["text"] for record in source] == [split]
             assert [*pickle.loads(pickle.dumps(source))] == [*source]
+            assert pickle.loads(pickle.dumps(source)).where(0) == f"{tmp_path / folder}@{split}[0]"
         with pytest.raises(UserError, match=r"no (split|files of) dev"):
             open_source(f"{tmp_path / folder}@dev")
     assert len(open_source(tmp_path / "saved" / "train")) == 1

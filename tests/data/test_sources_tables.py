@@ -87,6 +87,7 @@ BROKEN = {
     "too many": (b"a,b,c\n", 1, "3 values, where the header names 2 columns"),
     "half a quote": (b'"a"b,c\n', 1, "not a row of a table"),
     "not UTF-8": (b"\xff,c\n", 1, "byte 1 of the row is no UTF-8"),
+    "a bare CR": (b"a\rb,c\n", 1, "a line break .* inside of a value"),
     "an open quote": (b'"a,b\nq,a\n', 1, "not a row of a table"),
     "an empty answer": (b"q,\n", 1, "an empty answer"),
     "a NUL": (b"q,a\0\n", None, ""),

@@ -27,6 +27,7 @@ from data.sources import open_source
 from tests.train.kills import killed_at
 from tests.train.recipes import chat_recipe, with_contrastive_stage, write_recipe
 from train.loop import run_training
+from train.quarantine import Quarantine
 from train.recipe import load_recipe
 from train.runs import Run
 from train.state import check_position, latest, read_position
@@ -161,8 +162,50 @@ def test_where_no_row_can_be_used_the_run_says_so_and_names_all(
     data = [{"path": str(tmp_path / "rows.jsonl")}, {"path": str(tmp_path / "rows.jsonl"), "rows": 2}]
     recipe = write_recipe(tmp_path / "r.yaml", {**chat_recipe(scenes, data=data, **length), "max_bad": 1.0})
     assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 1
-    assert "chat: none of the data's rows can be used (5 x " in capsys.readouterr().err
+    assert "chat: none of the 5 rows that it meets can be used (5 x " in capsys.readouterr().err
     assert len(Run(tmp_path / "run").quarantined("chat")) == 5
+
+
+def too_long(count: int) -> list[dict[str, str]]:
+    """Rows that are sound, and that no context takes."""
+    return [{"question": "word " * 600, "answer": f"that {number}"} for number in range(count)]
+
+
+def test_a_stream_of_which_no_row_can_be_used_ends_the_run(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.Table.from_pylist(too_long(5)), tmp_path / "rows.parquet")
+    data = [{"path": str(tmp_path / "rows.parquet"), "stream": True}]
+    recipe = write_recipe(tmp_path / "r.yaml", {**chat_recipe(scenes, data=data), "max_bad": 1.0})
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 1
+    assert "rows that it meets can be used (5 x " in capsys.readouterr().err
+    assert len(Run(tmp_path / "run").quarantined("chat")) == 5
+
+
+def test_ctrl_c_among_broken_rows_stops_and_loses_nothing(scenes: Path, tmp_path: Path) -> None:
+    good = [{"question": f"{number}?", "answer": "yes"} for number in range(30)]
+    rows = [*good[:10], *too_long(900), *good[10:]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = [{"path": str(tmp_path / "rows.jsonl")}]
+    settings = {**chat_recipe(scenes, data=data, steps=7, shuffle=False), "max_bad": 1.0, "checkpoint_every": 2}
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", settings))
+    whole = run_training(recipe, tmp_path / "whole")
+    real = Quarantine.add
+
+    def interrupted(self: Quarantine, *given: Any) -> None:
+        if len(self) < 300 <= len(self) + len(given[0]):
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self, *given)
+
+    with patch.object(Quarantine, "add", interrupted), pytest.raises(train.loop.Stopped, match="stopped after step 3"):
+        run_training(recipe, tmp_path / "run")
+    position = read_position(tmp_path / "run" / "checkpoints" / "step-3")
+    assert 600 <= position.loaders[0]["broken"] < 900
+    resumed = run_training(recipe, tmp_path / "run", resume=True)
+    assert entries(resumed) == entries(whole)
+    assert resumed.quarantine_file.read_text() == whole.quarantine_file.read_text()
+    one, other = weights(whole), weights(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_documents_are_no_captions(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,16 +242,20 @@ def test_a_checkpoint_of_other_data_or_other_processes_is_refused(scenes: Path, 
     def now() -> Mixture:
         return Mixture([open_source(rows, scenes / "images"), text], 0, [30, 7])
 
-    check_position(checkpoint, position, 1, now())
+    def check(processes: int) -> None:
+        mixture = now()
+        check_position(checkpoint, position, processes, mixture, [one.fingerprint() for one in mixture.sources])
+
+    check(1)
     with pytest.raises(UserError, match="written by 1 processes, and this run has 2"):
-        check_position(checkpoint, position, 2, now())
+        check(2)
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join([*lines[:3], lines[4], lines[3], *lines[5:]]))
     with pytest.raises(UserError, match=r"rows.jsonl holds other rows than it did; put the old data back"):
-        check_position(checkpoint, position, 1, now())
+        check(1)
     rows.write_text("\n".join(lines[:29]))
     with pytest.raises(UserError, match=r"rows.jsonl had 30 rows and has 29 now; put the old data back"):
-        check_position(checkpoint, position, 1, now())
+        check(1)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +281,7 @@ import sys
 from pathlib import Path
 import torch.distributed
 from train.loop import run_training
+from train.quarantine import Quarantine
 from train.recipe import load_recipe
 run_training(load_recipe(Path(sys.argv[1])), Path(sys.argv[2]), resume=Path(sys.argv[2]).exists())
 assert torch.distributed.get_world_size() == 2

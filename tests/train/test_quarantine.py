@@ -29,25 +29,24 @@ def bad(*lines: int) -> list[Bad]:
 def test_a_row_counts_once_however_often_it_is_met(tmp_path: Path) -> None:
     kept = quarantine(tmp_path, 100, 0.02)
     for step in range(5):
-        kept.add(bad(1, 2), step, 100 * step)
+        kept.add(bad(1, 2), step, 100 * step, 2 * step)
     assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UserError, match="3 of 100 rows are broken, more than max_bad"):
-        quarantine(tmp_path, 100, 0.02).add(bad(3), 6, 600)
+        quarantine(tmp_path, 100, 0.02).add(bad(3), 6, 600, 13)
 
 
 def test_of_a_stream_the_share_is_of_the_rows_seen_and_of_a_thousand_at_least(tmp_path: Path) -> None:
     kept = quarantine(tmp_path, None, 0.01)
-    kept.add(bad(*range(10)), 1, 10)
-    kept.add(bad(*range(20)), 2, 2000)
+    kept.add(bad(*range(10)), 1, 10, 10)
+    kept.add(bad(*range(10)), 2, 2000, 20)  # it began again
     with pytest.raises(UserError, match="21 of 2000 rows"):
-        kept.add(bad(20), 3, 2000)
+        kept.add(bad(10), 3, 2000, 21)
 
 
-def test_a_stream_of_which_nothing_can_be_used_is_refused_whatever_is_allowed(tmp_path: Path) -> None:
-    kept = quarantine(tmp_path, None, 1.0)
-    kept.add(bad(*range(999)), 1, 999)
-    with pytest.raises(UserError, match="none of the data's rows can be used"):
-        kept.add(bad(999), 2, 1000)
+def test_the_same_row_with_other_images_may_be_broken_in_two_ways(tmp_path: Path) -> None:
+    kept = quarantine(tmp_path, 10, 0.2)
+    kept.add([Bad("a:1", "a.png: no such image"), Bad("a:1", "b/a.png: no such image")], 1, 2, 2)
+    assert len(kept) == 2
 
 
 def test_the_rows_that_a_stage_can_meet_are_the_whole_that_the_share_is_of(tmp_path: Path) -> None:
@@ -63,4 +62,7 @@ def test_the_rows_that_a_stage_can_meet_are_the_whole_that_the_share_is_of(tmp_p
     met = {(id(source), row) for source, row in map(mixture.place, map(mixture.sample, range(samples)))}
     assert {source for source, _ in met} == {id(a), id(b)}
     assert Mixture([a, b], 0, [5, 20]).reach(2 * 25) == 10 + 10
-    assert mixture.reach(samples) == 10 + 10 <= len(met)
+    assert mixture.reach(samples) == 16 + 10 >= len(met)
+    assert Mixture([open_source(tmp_path / "a.jsonl"), a], 0, [5, 5]).reach(10) == 10
+    (tmp_path / "other").mkdir()
+    assert Mixture([open_source(tmp_path / "a.jsonl", tmp_path / "other"), a], 0).reach(None) == 60
