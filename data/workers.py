@@ -37,7 +37,7 @@ class Workers:
         waiting: deque[Future[Any]] = deque()
         try:
             for task in tasks:
-                waiting.append(self.pool.submit(_call, method, task))
+                waiting.append(self._submit(method, task))
                 if len(waiting) > 2 * self.count:
                     yield waiting.popleft().result()
             while waiting:
@@ -46,6 +46,16 @@ class Workers:
             raise UserError(
                 "a worker process has died, perhaps for want of memory; try fewer (--workers 1) or none (--workers 0)"
             ) from None
+
+    def _submit(self, method: str, task: tuple[Any, ...]) -> Future[Any]:
+        assert self.pool is not None
+        # the first call starts the processes, which inherit this from their first moment on: the parent alone hears
+        # Ctrl-C, and ends its workers
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self.pool.submit(_call, method, task)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> "Workers":
         return self
@@ -67,7 +77,6 @@ def processors() -> int:
 
 def _start(make: Callable[[], Any]) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and ends its workers
     _worker = make()
 
 

@@ -342,7 +342,8 @@ def test_images_of_any_bytes_are_good_or_make_their_rows_bad(folder: Path, data:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_and_its_workers(folder: Path) -> None:
+@pytest.mark.parametrize("after", [0.0, 0.2, 1.0])  # seconds; a worker imports its modules at first
+def test_ctrl_c_ends_it_and_its_workers(folder: Path, after: float) -> None:
     path = write(folder, [row(f"{number % 6}.png", f"{number}?") for number in range(150_000)])
     command = [sys.executable, "-m", "vlm.cli", "data", "check", str(path), "--workers", "2"]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -351,7 +352,7 @@ def test_ctrl_c_ends_it_and_its_workers(folder: Path) -> None:
     while len(children) < 3 and time.monotonic() < until:  # two workers, and the tracker of their semaphores
         children = psutil.Process(started.pid).children(recursive=True)
         time.sleep(0.05)
-    time.sleep(1)
+    time.sleep(after)
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does
     out, err = started.communicate(timeout=20)
     assert (started.returncode, out) == (130, b"")
