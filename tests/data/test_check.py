@@ -346,7 +346,13 @@ def test_images_of_any_bytes_are_good_or_make_their_rows_bad(folder: Path, data:
 def test_ctrl_c_ends_it_and_its_workers(folder: Path, after: float) -> None:
     path = write(folder, [row(f"{number % 6}.png", f"{number}?") for number in range(150_000)])
     command = [sys.executable, "-m", "vlm.cli", "data", "check", str(path), "--workers", "2"]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    started = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background begins without
+    )
     children: list[psutil.Process] = []
     until = time.monotonic() + 60
     while len(children) < 3 and time.monotonic() < until:  # two workers, and the tracker of their semaphores
