@@ -168,30 +168,43 @@ def _scenes(options: argparse.Namespace) -> int:
 
 
 def score(parser: argparse.ArgumentParser) -> None:
+    from data.benchmarks import BENCHMARKS
+
     parser.epilog = (
         "examples:\n"
         "  vlm score vqav2 predictions.json v2_mscoco_val2014_annotations.json\n"
-        "  vlm score exact predictions.jsonl questions.jsonl --mode normalised --json --per-item"
+        "  vlm score vqav2 a.json v2_mscoco_val2014_annotations.json --against b.json\n"
+        "  vlm score coco-caption captions.json captions_val2014.json --json --per-item\n"
+        "  vlm score exact predictions.jsonl questions.jsonl --mode normalised"
     )
-    parser.add_argument("task", metavar="TASK", help="vqav2 or exact")
-    parser.add_argument("predictions", type=Path)
-    parser.add_argument("references", type=Path)
-    parser.add_argument("--mode", choices=("official", "normalised"), default="official", help="default: official")
+    parser.add_argument("task", metavar="TASK", help=", ".join(BENCHMARKS))
+    parser.add_argument("predictions", type=Path, help="answers, in the benchmark's own submission format")
+    parser.add_argument("references", type=Path, help="the official file with the right answers")
+    parser.add_argument(
+        "--mode",
+        choices=("official", "normalised"),
+        default="official",
+        help="official is what the official script does; normalised always cleans answers (default: official)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        choices=("ptb", "ptb-python", "none"),
+        help="of captions: Stanford's where there is Java (ptb), our own rendition of it, or none (default: ptb)",
+    )
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="other predictions: differences, what changed")
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="score what fits, where questions have no prediction, or predictions no question; counts are told",
+    )
+    parser.add_argument("--bootstrap", type=natural, default=1000, metavar="N", help="draws for intervals; 0: none")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the draws")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON, and nothing else")
     parser.add_argument("--per-item", action="store_true", help="with --json: the score of every question, too")
     parser.set_defaults(run=_score)
 
 
 def _score(options: argparse.Namespace) -> int:
-    import json
+    from data.scoring import run_scoring
 
-    from data.benchmarks import find_benchmark
-
-    scores = find_benchmark(options.task).score_files(options.predictions, options.references, options.mode)
-    if options.json:
-        print(json.dumps(scores.as_json(options.per_item)))
-        return 0
-    print(f"{scores.task}, mode {scores.mode}, n = {scores.n}")
-    for name, value in scores.metrics.items():
-        print(f"  {name:32} {value:8.4f}")
-    return 0
+    return run_scoring(options)

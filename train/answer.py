@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from data.pictures import ImageRef, image_size, load_image
 from vlm.configuration import context_length
 from vlm.errors import UserError
-from vlm.images import read_image, read_size
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
 
@@ -21,7 +20,7 @@ class Question:
 
     id: str
     text: str
-    image: Path | None = None
+    image: ImageRef | None = None
 
 
 class Answerer:
@@ -33,7 +32,7 @@ class Answerer:
         processor: VisionLanguageProcessor,
         batch_size: int = 64,
         max_tokens: int = 32,
-        read: Callable[[Path], Image.Image] = read_image,
+        read: Callable[[ImageRef], Image.Image] = load_image,
     ) -> None:
         self.model, self.processor, self.read = model, processor, read
         self.batch_size, self.max_tokens = batch_size, max_tokens
@@ -50,7 +49,7 @@ class Answerer:
     def _encode(self, question: Question) -> list[int]:
         parts: list[dict[str, Any]] = [{"type": "image"}] if question.image is not None else []
         message = {"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}
-        sizes = [] if question.image is None else [read_size(question.image)]
+        sizes = [] if question.image is None else [image_size(question.image)]
         placeholders = [self.processor.image_tokens.placeholders(*size) for size in sizes]
         ids = self.processor.chat.encode([message], placeholders, add_generation_prompt=True).input_ids
         context = context_length(self.model.config.text_config)
@@ -62,7 +61,7 @@ class Answerer:
         return ids
 
     @torch.inference_mode()
-    def _generate(self, prompts: Sequence[list[int]], images: Sequence[Path | None]) -> list[str]:
+    def _generate(self, prompts: Sequence[list[int]], images: Sequence[ImageRef | None]) -> list[str]:
         tokenizer, device = self.processor.tokenizer, self.model.device
         width = max(map(len, prompts))
         input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)

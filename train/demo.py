@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.benchmarks import Item, find_benchmark
+from data.pictures import ImageRef, load_image
 from data.scenes.write import write_scenes
 from train.answer import Answerer
 from train.evaluate import ask
@@ -28,7 +29,6 @@ from train.runs import Run
 from vlm.checkpoint import link_folder, load
 from vlm.device import pick_device
 from vlm.errors import UserError
-from vlm.images import read_image
 from vlm.settings import dump, find_config
 
 QUICK = {"train": 240, "heldout": 60, "unseen": 24, "lessons": 60, "text_rows": 240}
@@ -242,9 +242,9 @@ def run_demo(out: Path, fusion: str, seed: int, quick: bool) -> int:
     return 0
 
 
-def draw_in_terminal(path: Path, width: int = 32) -> Any:
+def draw_in_terminal(image: ImageRef, width: int = 32) -> Any:
     """A picture as coloured half blocks, two pixels a character."""
-    pixels = np.asarray(read_image(path).resize((width, width)))
+    pixels = np.asarray(load_image(image).resize((width, width)))
     text = Text()
     for y in range(0, width, 2):
         text.append("  ")

@@ -13,7 +13,8 @@ from rich.progress import track
 
 import vlm
 from data.benchmarks import Benchmark, Item, Scores, find_benchmark
-from data.benchmarks.base import unique
+from data.benchmarks.predictions import unique
+from data.pictures import ImageRef
 from train.answer import Answerer, Question
 from vlm.checkpoint import load, written_aside
 from vlm.device import pick_device, pick_dtype
@@ -52,7 +53,7 @@ def ask(
     return dict(track(answered, f"{benchmark.task} ({control})", total=len(questions), disable=quiet, transient=True))
 
 
-def controlled_images(items: Sequence[Item], control: str, seed: int) -> list[Path | None]:
+def controlled_images(items: Sequence[Item], control: str, seed: int) -> list[ImageRef | None]:
     """The image that each item is asked about. shuffled: a permutation that leaves no item its own picture."""
     images = [item.image for item in items]
     if control == "none":
@@ -97,7 +98,7 @@ def evaluate(
         raise UserError(f"{out}: there already, and not an evaluation folder; use another --out")
     benchmark = find_benchmark(task)
     items = benchmark.items(data, images)
-    unique([(item.id, "") for item in items], data)
+    unique([item.id for item in items], data)
     items = items[:limit]
     if not items:
         raise UserError(f"{data}: no questions in it")
@@ -112,7 +113,7 @@ def evaluate(
         predictions = partial / benchmark.submission_name
         predictions.write_text(benchmark.submission(answers), encoding="utf-8")
         referenced = [item for item in items if item.references]
-        scores = benchmark.score(referenced, answers) if referenced else Scores(task, "official", {})
+        scores = benchmark.score(referenced, answers) if referenced else Scores(task, "official", {}, {})
         result = Evaluation(items, answers, scores, control, seconds)
         settings = {
             "model": model,

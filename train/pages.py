@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from data.benchmarks import Item
+from data.pictures import ImageRef, load_image
 from train.runs import Run
-from vlm.images import read_image
 
 if TYPE_CHECKING:
     from train.evaluate import Evaluation
@@ -41,7 +41,11 @@ class Curve:
 
 def make_sample(item: Item, answer: str, score: float) -> Sample:
     picture = _data_url(item.image) if item.image is not None else None
-    return Sample(item.question, answer, " / ".join(dict.fromkeys(item.references)), score > 0, item.kind, picture)
+    return Sample(item.question, answer, " / ".join(dict.fromkeys(item.references)), score > 0, _kind(item), picture)
+
+
+def _kind(item: Item) -> str | None:
+    return item.groups[0].partition("/")[2] if item.groups else None
 
 
 def write_evaluation_page(evaluation: "Evaluation", settings: Mapping[str, Any], path: Path) -> None:
@@ -54,7 +58,7 @@ def write_evaluation_page(evaluation: "Evaluation", settings: Mapping[str, Any],
         control=evaluation.control,
         seconds=evaluation.seconds,
         settings=settings,
-        kinds=sorted({item.kind for item in evaluation.items if item.kind}),
+        kinds=sorted({kind for item in evaluation.items if (kind := _kind(item))}),
         samples=[make_sample(item, evaluation.answers[item.id], scores.per_item.get(item.id, 0.0)) for item in order],
     )
     path.write_text(page, encoding="utf-8")
@@ -114,8 +118,8 @@ def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
     return smoothed
 
 
-def _data_url(path: Path) -> str:
-    image = read_image(path)
+def _data_url(ref: ImageRef) -> str:
+    image = load_image(ref)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     image.save(out, format="PNG" if image.width <= 64 else "JPEG", quality=85)

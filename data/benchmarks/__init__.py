@@ -1,16 +1,29 @@
 """Benchmarks: what is asked, in which words, and how the answers are scored."""
 
-from data.benchmarks.base import Benchmark, Item, Scores
-from data.benchmarks.exact import Exact
-from data.benchmarks.vqa import VQA
+from importlib import import_module
+
+from data.benchmarks.base import Answers, Benchmark, Item
+from data.benchmarks.scores import Scores
 from vlm.errors import UserError
 
-BENCHMARKS: dict[str, type[Benchmark]] = {"exact": Exact, "vqav2": VQA}
+# module:class, imported when it's asked for
+BENCHMARKS = {
+    "vqav2": "vqa:VQA",
+    "textvqa": "ten_answers:TextVQA",
+    "vizwiz": "ten_answers:VizWiz",
+    "coco-caption": "captions:Captions",
+    "pope": "yes_no:POPE",
+    "gqa": "gqa:GQA",
+    "scienceqa": "choice:ScienceQA",
+    "exact": "exact:Exact",
+}
 
-__all__ = ["BENCHMARKS", "Benchmark", "Item", "Scores", "find_benchmark"]
+__all__ = ["BENCHMARKS", "Answers", "Benchmark", "Item", "Scores", "find_benchmark"]
 
 
 def find_benchmark(task: str) -> Benchmark:
     if task not in BENCHMARKS:
         raise UserError(f"unknown task {task!r}; there are {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[task]()
+    module, _, name = BENCHMARKS[task].partition(":")
+    found: Benchmark = getattr(import_module(f"data.benchmarks.{module}"), name)()
+    return found

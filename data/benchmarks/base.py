@@ -1,108 +1,98 @@
-"""The shape of a benchmark: items to ask, predictions to read and write, scores."""
+"""The shape of a benchmark: what is asked, in which words, and how the answers are scored."""
 
 import json
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from data.benchmarks.measures import Measure, mean
+from data.benchmarks.predictions import LeftOut, Predictions, match, read_predictions, unique
+from data.benchmarks.scores import Scores
+from data.pictures import ImageRef
 from vlm.errors import UserError
 
+Answers = Mapping[str, str | None]  # None: the question could not be asked, which is scored as wrong
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Item:
-    """One question. `references` are right answers; `kind` is what breakdowns go by; `details`: the official row."""
+    """One question. references: right answers; groups: the names of the breakdowns that it counts for, such as
+    "accuracy/number"; details: what the scoring needs besides."""
 
     id: str
     question: str
     references: tuple[str, ...]
-    image: Path | None = None
-    kind: str | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """metrics: name -> number; per_item: id -> number."""
-
-    task: str
-    mode: str
-    metrics: dict[str, float]
-    per_item: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def n(self) -> int:
-        return len(self.per_item)
-
-    def as_json(self, per_item: bool) -> dict[str, Any]:
-        shown: dict[str, Any] = {"task": self.task, "mode": self.mode, "n": self.n, "metrics": self.metrics}
-        return {**shown, "per_item": self.per_item} if per_item else shown
+    image: ImageRef | None = None
+    groups: tuple[str, ...] = ()
+    details: Any = None
 
 
 class Benchmark(ABC):
-    """A task by its name on the command line."""
+    """A task by its name on the command line. `prompt` and `max_tokens` are those that LLaVA-1.5 was published with."""
 
-    task: str
-    prompt: str = "{question}"
-    submission_name = "predictions.json"
+    task: ClassVar[str]
+    prompt: ClassVar[str] = "{question}"
+    max_tokens: ClassVar[int] = 32
+    modes: ClassVar[tuple[str, ...]] = ("official",)
+    submission_name: ClassVar[str] = "predictions.json"
+    id_keys: ClassVar[tuple[str, ...]] = ("question_id",)
+    text_keys: ClassVar[tuple[str, ...]] = ("answer",)
 
     @abstractmethod
-    def items(self, data: Path, images: Path | None) -> list[Item]:
+    def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
         """The questions of a data file or folder, with their references where it holds any."""
 
     @abstractmethod
-    def read_predictions(self, path: Path) -> dict[str, str]:
-        """id -> answer, from a file in the benchmark's own submission format."""
-
-    @abstractmethod
-    def submission(self, answers: Mapping[str, str]) -> str:
-        """The text of a file in the benchmark's own submission format."""
-
-    @abstractmethod
     def references(self, path: Path) -> list[Item]:
-        """What a references file says of each question; enough to score, not to ask."""
+        """What a file of references says of each question; enough to score, not to ask."""
 
     @abstractmethod
-    def score(self, items: Sequence[Item], answers: Mapping[str, str], mode: str = "official") -> Scores:
+    def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         """Scores of one answer for every item."""
 
-    def score_files(self, predictions: Path, references: Path, mode: str) -> Scores:
-        """Scores of two files; UserError for unknown, missing or repeated ids."""
+    def predictions(self, path: Path) -> Predictions:
+        """id -> answer, from a file in the benchmark's own submission format."""
+        return read_predictions(path, self.id_keys, self.text_keys)
+
+    def submission(self, answers: Mapping[str, str]) -> str:
+        """The text of a file in the benchmark's own submission format."""
+        rows = [{self.id_keys[0]: as_number(i), self.text_keys[0]: answer} for i, answer in answers.items()]
+        return json.dumps(rows, ensure_ascii=False)
+
+    def check_mode(self, mode: str) -> None:
+        if mode not in self.modes:
+            raise UserError(f"{self.task} is scored in the mode {' or '.join(self.modes)}, not {mode}")
+
+    def matched(
+        self, predictions: Path, references: Path, allow_partial: bool = False
+    ) -> tuple[list[Item], dict[str, str], LeftOut]:
+        """The questions that have a prediction, and these; UserError for whatever doesn't fit (`match`)."""
         items = self.references(references)
-        answers = self.read_predictions(predictions)
-        unique([(item.id, "") for item in items], references)
-        match_ids(answers, [item.id for item in items], predictions, references)
-        return self.score(items, answers, mode)
+        unique([item.id for item in items], references)
+        answers, left_out = match(self.predictions(predictions), [item.id for item in items], references, allow_partial)
+        return [item for item in items if item.id in answers], answers, left_out
+
+    def score_files(
+        self, predictions: Path, references: Path, mode: str = "official", allow_partial: bool = False
+    ) -> Scores:
+        self.check_mode(mode)
+        items, answers, left_out = self.matched(predictions, references, allow_partial)
+        scores = self.score(items, answers, mode)
+        scores.notes.update(left_out.as_notes())
+        return scores
 
 
-def match_ids(predicted: Mapping[str, str], wanted: Sequence[str], predictions: Path, references: Path) -> None:
-    """Every wanted id has a prediction and nothing else does; UserError naming the first five that break it."""
-    known = set(wanted)
-    missing = [i for i in wanted if i not in predicted]
-    extra = [i for i in predicted if i not in known]
-    for ids, what in (
-        (missing, f"no prediction in {predictions} for"),
-        (extra, f"not asked in {references}, but predicted:"),
-    ):
-        if ids:
-            raise UserError(f"{what} {len(ids)} questions: {', '.join(ids[:5])}{' ...' if len(ids) > 5 else ''}")
+def as_number(name: str) -> int | str:
+    """Ids are numbers where they were, as evaluation servers want them."""
+    return int(name) if name.isdecimal() and str(int(name)) == name else name
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-
-
-def unique(pairs: Sequence[tuple[str, str]], path: Path) -> dict[str, str]:
-    """Pairs of id and answer as a mapping; UserError when an id comes twice."""
-    answers = dict(pairs)
-    if len(answers) < len(pairs):
-        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise UserError(f"{path}: {len(twice)} ids come twice, the first is {twice[0]}")
-    return answers
+def accuracies(items: Sequence[Item], right: Sequence[float], scale: float = 1.0) -> dict[str, Measure]:
+    """The mean over all items as "accuracy", and over each of their groups."""
+    members: dict[str, list[float]] = {"accuracy": list(right)}
+    for item, value in zip(items, right, strict=True):
+        for group in item.groups:
+            members.setdefault(group, []).append(value)
+    return {name: mean(values, scale) for name, values in members.items()}

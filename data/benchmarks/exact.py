@@ -5,76 +5,71 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.benchmarks.base import Benchmark, Item, Scores, unique
+from data.benchmarks.base import Answers, Benchmark, Item, accuracies
+from data.benchmarks.predictions import as_id
+from data.benchmarks.scores import Scores
 from data.records import find_image
-from data.sources import Source, open_source
+from data.rows import Source
+from data.sources import open_source
 from vlm.errors import UserError
 
 
 class Exact(Benchmark):
-    """Rows {"image", "question", "answer", optionally "id" and "kind"}.
+    """Rows {"image", "question", "answer", optionally "id" and "kind"}; predictions are rows {"id", "answer"}.
 
     official: the answer is right when it equals the reference but for outer white space; normalised: case and a final
     full stop are ignored, too.
     """
 
     task = "exact"
+    modes = ("official", "normalised")
     submission_name = "predictions.jsonl"
+    id_keys = ("id", "question_id")
 
-    def items(self, data: Path, images: Path | None) -> list[Item]:
-        source = open_source(data, images)
+    def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
+        source = _open(data, images, split)
         items = []
         for index in range(len(source)):
-            row, where = _row(source, index)
+            item, row, where = _item(source, index)
             if not isinstance(row.get("question"), str):
                 raise UserError(f"{where}: a row needs a question, which is text")
             image = find_image(where, row["image"], source.images) if row.get("image") is not None else None
-            items.append(Item(_id(row, index), row["question"], (row["answer"],), image, _kind(row)))
+            items.append(Item(item.id, row["question"], item.references, image, item.groups))
         return items
 
     def references(self, path: Path) -> list[Item]:
-        source = open_source(path)
-        rows = (_row(source, index)[0] for index in range(len(source)))
-        return [Item(_id(row, index), "", (row["answer"],), kind=_kind(row)) for index, row in enumerate(rows)]
-
-    def read_predictions(self, path: Path) -> dict[str, str]:
-        source = open_source(path)
-        rows = (_row(source, index)[0] for index in range(len(source)))
-        return unique([(_id(row, index), row["answer"]) for index, row in enumerate(rows)], path)
+        source = _open(path, None, None)
+        return [_item(source, index)[0] for index in range(len(source))]
 
     def submission(self, answers: Mapping[str, str]) -> str:
-        return "".join(
-            json.dumps({"id": i, "answer": answer}, ensure_ascii=False) + "\n" for i, answer in answers.items()
-        )
+        rows = ({"id": i, "answer": answer} for i, answer in answers.items())
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def score(self, items: Sequence[Item], answers: Mapping[str, str], mode: str = "official") -> Scores:
+    def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         clean = _normalise if mode == "normalised" else str.strip
-        hits = {item.id: float(clean(answers[item.id]) == clean(item.references[0])) for item in items}
-        metrics = {"accuracy": _mean(list(hits.values()))}
-        for kind in sorted({item.kind for item in items if item.kind is not None}):
-            metrics[f"accuracy/{kind}"] = _mean([hits[item.id] for item in items if item.kind == kind])
-        return Scores(self.task, mode, metrics, hits)
+        said = [answers[item.id] for item in items]
+        right = [
+            float(text is not None and clean(text) == clean(item.references[0]))
+            for text, item in zip(said, items, strict=True)
+        ]
+        per_item = {item.id: value for item, value in zip(items, right, strict=True)}
+        return Scores(self.task, mode, accuracies(items, right), per_item)
 
 
-def _row(source: Source, index: int) -> tuple[dict[str, Any], str]:
+def _open(path: Path, images: Path | None, split: str | None) -> Source:
+    return open_source(f"{path}@{split}" if split else path, images)
+
+
+def _item(source: Source, index: int) -> tuple[Item, dict[str, Any], str]:
     row, where = source.row(index), source.where(index)
     if not isinstance(row, dict) or not isinstance(row.get("answer"), str):
         raise UserError(f"{where}: a row needs an answer, which is text")
-    return row, where
-
-
-def _id(row: dict[str, Any], index: int) -> str:
-    return str(row.get("id", row.get("question_id", index)))
-
-
-def _kind(row: dict[str, Any]) -> str | None:
+    name = as_id(row.get("id", row.get("question_id", index)))
+    if name is None:
+        raise UserError(f"{where}: an id is a number or text")
     kind = row.get("kind", row.get("object"))
-    return None if kind is None else str(kind)
+    return Item(name, "", (row["answer"],), None, () if kind is None else (f"accuracy/{kind}",)), row, where
 
 
 def _normalise(text: str) -> str:
     return text.strip().removesuffix(".").casefold()
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -1,14 +1,19 @@
 """VQA accuracy over ten human answers, as the official script computes it (Antol et al. 2015; VQA v2 evaluation)."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from data.benchmarks.base import Benchmark, Item, Scores, read_json, unique
+import msgspec
+
+from data.benchmarks.base import Answers, Benchmark, Item, accuracies
+from data.benchmarks.files import Files, image_sets, read_array
+from data.benchmarks.scores import Scores
 from data.benchmarks.vqa_text import clean, process
 from data.formats import SHORT_ANSWER
+from data.official import find_annotations
 from vlm.errors import UserError
 
 
@@ -21,114 +26,121 @@ class VQA(Benchmark):
 
     task = "vqav2"
     prompt = SHORT_ANSWER
+    modes = ("official", "normalised")
+    max_tokens = 16
+    submission_name = "vqa_OpenEnded_results.json"
 
-    def items(self, data: Path, images: Path | None) -> list[Item]:
-        files = (
-            sorted(data.glob("*.json")) if data.is_dir() else [data, *sorted(data.parent.glob("*annotations*.json"))]
-        )
-        questions = [row for path in files for row in _rows(path, "questions")]
-        if not questions:
-            raise UserError(f"{data}: no VQA questions file there (a JSON object with 'questions')")
-        known = {item.id: item for path in files for item in self._annotated(path)}
-        items = []
-        folder = images or (data if data.is_dir() else data.parent)
-        pictures = _pictures(folder)
-        for row in questions:
-            if missing := [key for key in ("question_id", "question", "image_id") if key not in row]:
-                raise UserError(f"{data}: a question without {', '.join(missing)}: {str(row)[:80]}")
-            item = known.get(str(row["question_id"]), Item(str(row["question_id"]), "", ()))
-            image = pictures.get(str(row["image_id"]).lstrip("0"))
-            if image is None:
-                raise UserError(f"{folder}: no picture of image {row['image_id']} (COCO_*_{row['image_id']:0>12}.jpg)")
-            items.append(replace(item, question=row["question"], image=image))
+    def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
+        files = Files(data, split, "https://visualqa.org/download.html")
+        questions = files.find("*questions*.json", f"v2_OpenEnded_mscoco_{split or 'val2014'}_questions.json")
+        files.check()
+        annotations = beside(questions)
+        known = {item.id: item for item in self.references(annotations)} if annotations else {}
+        pictures = files.pictures(images, image_sets(questions))
+
+        def ask(index: int, row: Question) -> Item:
+            told = known.get(str(row.question_id), Item(str(row.question_id), "", ()))
+            return replace(told, question=row.question, image=pictures.by_number(row.image_id))
+
+        items = read_array(questions, "questions", Question, ask)
+        pictures.check()
         return items
 
     def references(self, path: Path) -> list[Item]:
-        items = self._annotated(path)
-        if not items:
-            raise UserError(f"{path}: not a VQA annotations file (a JSON object with 'annotations')")
-        return items
+        return read_array(path, "annotations", Annotation, lambda _, row: make_item(row))
 
-    def _annotated(self, path: Path) -> list[Item]:
-        for index, row in enumerate(_rows(path, "annotations")):
-            answers = row.get("answers")
-            sound = isinstance(answers, list) and answers and all(_is_answer(answer) for answer in answers)
-            if not sound or not {"question_id", "answer_type", "question_type"} <= row.keys():
-                raise UserError(f"{path}: annotation {index} needs question_id, answers, answer_type, question_type")
-        return [
-            Item(
-                str(row["question_id"]),
-                "",
-                tuple(answer["answer"] for answer in row["answers"]),
-                kind=row["answer_type"],
-                details=row,
-            )
-            for row in _rows(path, "annotations")
-        ]
-
-    def read_predictions(self, path: Path) -> dict[str, str]:
-        rows = read_json(path)
-        if not isinstance(rows, list) or not rows:
-            raise UserError(f'{path}: predictions are a list of {{"question_id", "answer"}} objects')
-        pairs = []
-        for index, row in enumerate(rows):
-            if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("answer"), str):
-                raise UserError(f"{path}[{index}]: a prediction needs a question_id and an answer, which is text")
-            pairs.append((str(row["question_id"]), row["answer"]))
-        return unique(pairs, path)
-
-    def submission(self, answers: Mapping[str, str]) -> str:
-        return json.dumps([{"question_id": int(i) if i.isdigit() else i, "answer": a} for i, a in answers.items()])
-
-    def score(self, items: Sequence[Item], answers: Mapping[str, str], mode: str = "official") -> Scores:
-        accuracy = _official if mode == "official" else _normalised
-        per_item: dict[str, float] = {}
-        groups: dict[str, list[float]] = {}
-        for item in items:
-            value = accuracy(answers[item.id], item.details["answers"])
-            per_item[item.id] = value * 100
-            for name in (
-                "accuracy",
-                f"accuracy/{item.kind}",
-                f"question_type/{item.details['question_type']}",
-            ):
-                groups.setdefault(name, []).append(value)
-        metrics = {name: 100 * sum(values) / len(values) for name, values in groups.items()}
-        return Scores(self.task, mode, metrics, per_item)
+    def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
+        accuracy = official if mode == "official" else normalised
+        values = [0.0 if (said := answers[item.id]) is None else accuracy(said, item) for item in items]
+        per_item = {item.id: value * 100 for item, value in zip(items, values, strict=True)}
+        return Scores(self.task, mode, accuracies(items, values, 100), per_item)
 
 
-def _official(answer: str, annotators: list[dict[str, Any]]) -> float:
-    answer = clean(answer)
-    said = [{**one, "answer": clean(one["answer"])} for one in annotators]
-    if len({one["answer"] for one in said}) > 1:
-        answer = process(answer)
-        said = [{**one, "answer": process(one["answer"])} for one in said]
-    scores = []
-    for one in said:
-        others = [other for other in said if other != one]
-        scores.append(min(1.0, sum(other["answer"] == answer for other in others) / 3))
-    return sum(scores) / len(scores)
+def beside(questions: Path) -> Path | None:
+    """The annotations of a questions file; test questions are published without."""
+    try:
+        return find_annotations(questions)
+    except UserError:
+        return None
 
 
-def _normalised(answer: str, annotators: list[dict[str, Any]]) -> float:
-    answer = process(clean(answer))
-    hits = [process(clean(one["answer"])) == answer for one in annotators]
-    return sum(min(1.0, (sum(hits) - hit) / 3) for hit in hits) / len(hits)
+class Question(msgspec.Struct):
+    question_id: int | str
+    image_id: int | str
+    question: str
 
 
-def _is_answer(answer: Any) -> bool:
-    return isinstance(answer, dict) and isinstance(answer.get("answer"), str)
+class Annotation(msgspec.Struct):
+    question_id: int | str
+    answers: msgspec.Raw
+    answer_type: str
+    question_type: str
 
 
-def _rows(path: Path, key: str) -> list[dict[str, Any]]:
-    content = read_json(path)
-    rows = content.get(key, []) if isinstance(content, dict) else []
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: {key!r} is no list of objects")
-    return rows
+class Answer(msgspec.Struct, gc=False):
+    answer: str
+    answer_id: int | str | None = None
 
 
-def _pictures(folder: Path) -> dict[str, Path]:
-    """Images of a folder by their number: COCO_val2014_000000000042.jpg and 42.jpg are both 42."""
-    found = (path for path in folder.iterdir() if path.suffix in (".jpg", ".jpeg", ".png"))
-    return {path.stem.rpartition("_")[2].lstrip("0"): path for path in found}
+def make_item(row: Annotation) -> Item:
+    groups = (_intern(f"accuracy/{row.answer_type}"), _intern(f"question_type/{row.question_type}"))
+    texts, objects = said(row.answers)
+    return Item(str(row.question_id), "", texts, None, groups, objects)
+
+
+_ANSWERS = msgspec.json.Decoder(list[Answer])
+
+
+def said(answers: msgspec.Raw) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """The annotators' answers, and what their objects hold beside them where that may be the same for two.
+
+    The script takes equal objects for one annotator; None where each has an id of its own, as in VQAv2.
+    """
+    rows = _ANSWERS.decode(answers)
+    if not rows:
+        raise ValueError("no answers")
+    texts = tuple([_intern(row.answer) for row in rows])
+    ids = {row.answer_id for row in rows}
+    if len(ids) == len(rows) and None not in ids:
+        return texts, None
+    rest = [{key: value for key, value in row.items() if key != "answer"} for row in msgspec.json.decode(answers)]
+    return texts, tuple(json.dumps(one, sort_keys=True) for one in rest)
+
+
+def official(answer: str, item: Item) -> float:
+    """VQA accuracy of one question, 0 to 1, with the script's quirks."""
+    answer, processed = _forms(answer)
+    forms = [_forms(text) for text in item.references]
+    others = [form[0] for form in forms]
+    if others.count(others[0]) < len(others):
+        answer, others = processed, [form[1] for form in forms]
+    if item.details is None:
+        return agreement(tuple([other == answer for other in others]))
+    keys = list(zip(others, item.details, strict=True))
+    hits = [sum(other == answer and key != mine for other, key in zip(others, keys, strict=True)) for mine in keys]
+    return sum(min(1.0, hit / 3) for hit in hits) / len(hits)
+
+
+def normalised(answer: str, item: Item) -> float:
+    answer = _forms(answer)[1]
+    return agreement(tuple(_forms(text)[1] == answer for text in item.references))
+
+
+@lru_cache(1 << 16)
+def agreement(hits: tuple[bool, ...]) -> float:
+    """The mean over annotators of min(agreeing others / 3, 1)."""
+    total = sum(hits)
+    return sum(min(1.0, (total - hit) / 3) for hit in hits) / len(hits)
+
+
+@lru_cache(1 << 18)
+def _forms(text: str) -> tuple[str, str]:
+    """An answer as it is compared where all ten agree, and where they don't; the same few answers come again."""
+    cleaned = clean(text)
+    return cleaned, process(cleaned)
+
+
+@lru_cache(1 << 18)
+def _intern(text: str) -> str:
+    """The same object for the same text: ten million characters of `yes` take room once."""
+    return text

@@ -1,0 +1,108 @@
+"""Captions of COCO and Flickr, scored as the COCO caption evaluation does (Chen et al. 2015)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from data.benchmarks import java, ptb
+from data.benchmarks.base import Answers, Benchmark, Item, as_number
+from data.benchmarks.files import Files, image_sets, read_array
+from data.benchmarks.measures import Measure, mean
+from data.benchmarks.ngrams import Corpus, bleu, cider
+from data.benchmarks.rouge import rouge_l
+from data.benchmarks.scores import Scores
+
+Tokenizer = Literal["ptb", "ptb-python", "none"]
+
+
+class Captions(Benchmark):
+    """Official annotations ("images" and "annotations"); predictions [{"image_id", "caption"}].
+
+    tokenizer: ptb is Stanford's program where there is Java, else our own rendition of it, as ptb-python always is;
+    none takes captions for tokenised.
+    """
+
+    task = "coco-caption"
+    prompt = "Provide a one-sentence caption for the provided image."
+    max_tokens = 64
+    submission_name = "captions_results.json"
+    id_keys = ("image_id",)
+    text_keys = ("caption",)
+
+    def __init__(self, tokenizer: Tokenizer = "ptb") -> None:
+        self.tokenizer = tokenizer
+
+    def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
+        files = Files(data, split, "https://cocodataset.org/#download (annotations) and COCO's image sets")
+        path = files.find("*captions*.json", f"captions_{split or 'val2014'}.json")
+        files.check()
+        pictures = files.pictures(images, image_sets(path))
+        captions = _captions(path)
+
+        def ask(_: int, row: Image) -> Item:
+            found = captions.get(str(row.id), ())
+            return Item(str(row.id), "", tuple(found), pictures.by_name(row.file_name))
+
+        items = read_array(path, "images", Image, ask)
+        pictures.check()
+        return items
+
+    def references(self, path: Path) -> list[Item]:
+        return [Item(image, "", tuple(captions)) for image, captions in _captions(path).items()]
+
+    def submission(self, answers: Mapping[str, str]) -> str:
+        return json.dumps([{"image_id": as_number(i), "caption": text} for i, text in answers.items()])
+
+    def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
+        """A question that failed has an empty caption, which shares nothing with any reference."""
+        said = [answers[item.id] or "" for item in items]
+        hypotheses, references, tokenizer = self._tokenized(said, [item.references for item in items])
+        corpus = Corpus([text.split() for text in hypotheses], [[text.split() for text in one] for one in references])
+        ciders = cider(corpus)
+        rouges = [
+            rouge_l(text.split(" "), [other.split(" ") for other in others])
+            for text, others in zip(hypotheses, references, strict=True)
+        ]
+        measures: dict[str, Measure] = bleu(corpus)
+        skipped = {name: why for name, why in (("meteor", java.missing()), ("spice", java.spice_missing())) if why}
+        if "meteor" not in skipped:
+            measures["meteor"] = java.meteor(hypotheses, references)
+        measures |= {"rouge_l": mean(rouges), "cider": mean(ciders)}
+        if "spice" not in skipped:
+            measures["spice"] = mean(java.spice(hypotheses, references))
+        per_item = {item.id: float(value) for item, value in zip(items, ciders, strict=True)}
+        return Scores(self.task, mode, measures, per_item, {"tokenizer": tokenizer, "skipped": skipped})
+
+    def _tokenized(
+        self, said: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> tuple[list[str], list[list[str]], str]:
+        texts = [*said, *(text for one in references for text in one)]
+        tokenizer: str = self.tokenizer
+        if tokenizer == "ptb" and not java.missing():
+            texts = java.tokenize(texts)
+        elif tokenizer != "none":
+            tokenizer = "ptb-python"
+            texts = [ptb.tokenize(text) for text in texts]
+        rest = iter(texts[len(said) :])
+        return texts[: len(said)], [[next(rest) for _ in one] for one in references], tokenizer
+
+
+class Image(msgspec.Struct):
+    id: int | str
+    file_name: str
+
+
+class Caption(msgspec.Struct):
+    image_id: int | str
+    caption: str
+
+
+def _captions(path: Path) -> dict[str, list[str]]:
+    """Image id -> its captions, of the images that have any."""
+    found: dict[str, list[str]] = {}
+    for row in read_array(path, "annotations", Caption, lambda _, row: row):
+        found.setdefault(str(row.image_id), []).append(row.caption)
+    return found

@@ -1,0 +1,131 @@
+"""Multiple choice: ScienceQA (Lu et al. 2022), asked and read as LLaVA does."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import msgspec
+
+from data.benchmarks.base import Answers, Benchmark, Item, accuracies
+from data.benchmarks.files import Files, read_object
+from data.benchmarks.predictions import Predictions, read_json, read_predictions
+from data.benchmarks.scores import Scores
+
+# what LLaVA's script reads a letter from, then what people take for an answer, too
+_PUBLISHED = (re.compile(r"([A-Z])(?:\. .*)?", re.DOTALL), re.compile(r".*?The answer is ([A-Z])\..*", re.DOTALL))
+_BARE = re.compile(
+    r"\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is|:)? *(?:option |choice )?)?"
+    r"[(\[*\"']*([a-z])[)\]*\"'.:,]*(?:[\s.].*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class ScienceQA(Benchmark):
+    """problems.json {id: {"question", "choices", "answer", "hint", "image", "split"}}, pictures as SPLIT/ID/image.png.
+
+    Predictions: JSON lines {"question_id", "text"}, or {"outputs": {id: text}}. A letter is read from each answer;
+    answers without one are wrong, and listed.
+    """
+
+    task = "scienceqa"
+    prompt = "{question}\nAnswer with the option's letter from the given choices directly."
+    max_tokens = 16
+    submission_name = "outputs.json"
+    text_keys = ("answer", "text", "prediction")
+
+    def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
+        files = Files(data, None, "https://github.com/lupantech/ScienceQA (data/scienceqa)")
+        path = files.find("*problems*.json", "problems.json")
+        files.check()
+        wanted = split or "test"
+        pictures = files.pictures(images, ["images"])
+
+        def ask(key: str, row: Problem) -> Item | None:
+            if row.split is not None and row.split != wanted:
+                return None
+            image = pictures.by_name(f"{key}/{row.image}", [wanted]) if row.image else None
+            return _item(key, row, image)
+
+        items = [item for item in read_object(path, Problem, ask) if item is not None]
+        pictures.check()
+        return items
+
+    def references(self, path: Path) -> list[Item]:
+        return read_object(path, Problem, lambda key, row: _item(key, row, None))
+
+    def predictions(self, path: Path) -> Predictions:
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+        if not text.lstrip().startswith("{") or '"outputs"' not in text[:1000]:
+            return read_predictions(path, self.id_keys, self.text_keys)
+        found = Predictions(path)
+        for name, answer in read_json(path)["outputs"].items():
+            if isinstance(answer, str):
+                found.answers[name] = answer
+            else:
+                found.broken.append(f"outputs[{name}]: text is needed, not {answer!r:.40}")
+        return found
+
+    def submission(self, answers: Mapping[str, str]) -> str:
+        return json.dumps({"outputs": dict(answers)}, ensure_ascii=False)
+
+    def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
+        read = [read_letter(answers[item.id] or "", item.details) for item in items]
+        right = [float(letter == item.references[0]) for letter, item in zip(read, items, strict=True)]
+        unparsed = [
+            {"id": item.id, "answer": answers[item.id]}
+            for letter, item in zip(read, items, strict=True)
+            if letter is None and answers[item.id] is not None
+        ]
+        per_item = {item.id: value for item, value in zip(items, right, strict=True)}
+        notes: dict[str, Any] = {"unparsed": len(unparsed), "unparsed_answers": unparsed}
+        return Scores(self.task, mode, accuracies(items, right), per_item, notes)
+
+
+class Problem(msgspec.Struct):
+    question: str
+    choices: list[str]
+    answer: int
+    hint: str = ""
+    image: str | None = None
+    split: str | None = None
+    subject: str | None = None
+    grade: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.choices) <= len(ascii_uppercase):
+            raise ValueError(f"{len(self.choices)} choices")
+        if not 0 <= self.answer < len(self.choices):
+            raise ValueError(f"answer {self.answer} of {len(self.choices)} choices")
+
+
+def _item(key: str, row: Problem, image: Any) -> Item:
+    letters = ascii_uppercase[: len(row.choices)]
+    options = (f"{letter}. {choice}" for letter, choice in zip(letters, row.choices, strict=True))
+    question = "\n".join([*filter(None, [row.hint]), row.question, *options])
+    groups = [f"subject/{row.subject}"] if row.subject else []
+    groups += [f"grade/{row.grade}"] if row.grade else []
+    groups.append("accuracy/image" if row.image else "accuracy/no image")
+    return Item(key, question, (letters[row.answer],), image, tuple(groups), tuple(row.choices))
+
+
+def read_letter(answer: str, choices: Sequence[str]) -> str | None:
+    """The letter that an answer names, or that of the choice whose words it is; None where it names none of them."""
+    letters, text = ascii_uppercase[: len(choices)], answer.strip()
+    for pattern in _PUBLISHED:
+        if (found := pattern.fullmatch(text)) and found[1] in letters:
+            return found[1]
+    same = [letter for letter, choice in zip(letters, choices, strict=True) if _plain(choice) == _plain(text)]
+    if len(same) == 1:
+        return same[0]
+    found = _BARE.fullmatch(text)
+    # "a dog" begins with an article
+    if found and found[1].upper() in letters and not re.match(r"\W*a +\w", text):
+        return found[1].upper()
+    return None
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").casefold()

@@ -1,0 +1,86 @@
+"""GQA: compositional questions about real images (Hudson and Manning 2019)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from data.benchmarks.base import Answers, Benchmark, Item, accuracies
+from data.benchmarks.files import Files, read_object
+from data.benchmarks.scores import Scores
+from data.formats import SHORT_ANSWER
+
+
+class Types(msgspec.Struct):
+    structural: str | None = None
+    semantic: str | None = None
+
+
+class Question(msgspec.Struct):
+    question: str
+    imageId: str  # noqa: N815 (the file's name for it)
+    answer: str | None = None
+    types: Types | None = None
+
+
+class Reference(msgspec.Struct):
+    answer: str
+    types: Types | None = None
+
+
+class GQA(Benchmark):
+    """{id: {"question", "imageId", "answer", "types"}}; predictions [{"questionId", "prediction"}].
+
+    Accuracy of exact matches, case and final punctuation ignored; as the official script breaks it down: binary and
+    open questions, structural and semantic types.
+    """
+
+    task = "gqa"
+    prompt = SHORT_ANSWER
+    max_tokens = 16
+    submission_name = "testdev_predictions.json"
+    id_keys = ("questionId", "question_id")
+    text_keys = ("prediction", "answer", "text")
+
+    def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
+        files = Files(data, split, "https://cs.stanford.edu/people/dorarad/gqa/download.html")
+        path = files.find("*questions*.json", f"{split or 'testdev_balanced'}_questions.json")
+        files.check()
+        pictures = files.pictures(images, ["images"])
+
+        def ask(key: str, row: Question) -> Item:
+            references = () if row.answer is None else (row.answer,)
+            image = pictures.by_name(f"{row.imageId}.jpg", ["images"])
+            return Item(key, row.question, references, image, _groups(row.types))
+
+        items = read_object(path, Question, ask)
+        pictures.check()
+        return items
+
+    def references(self, path: Path) -> list[Item]:
+        return read_object(path, Reference, lambda key, row: Item(key, "", (row.answer,), None, _groups(row.types)))
+
+    def submission(self, answers: Mapping[str, str]) -> str:
+        return json.dumps([{"questionId": i, "prediction": normalise(text)} for i, text in answers.items()])
+
+    def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
+        said = [answers[item.id] for item in items]
+        right = [
+            float(text is not None and normalise(text) == normalise(item.references[0]))
+            for text, item in zip(said, items, strict=True)
+        ]
+        per_item = {item.id: value for item, value in zip(items, right, strict=True)}
+        return Scores(self.task, mode, accuracies(items, right), per_item)
+
+
+def normalise(text: str) -> str:
+    return text.strip().rstrip(".,;:!? ").lower()
+
+
+def _groups(types: Types | None) -> tuple[str, ...]:
+    if types is None:
+        return ()
+    kinds = [f"structural/{types.structural}"] if types.structural else []
+    kinds += [f"semantic/{types.semantic}"] if types.semantic else []
+    return ("accuracy/open" if types.structural == "query" else "accuracy/binary", *kinds)

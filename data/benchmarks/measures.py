@@ -1,0 +1,52 @@
+"""Metrics as functions of sums over items, so that items can be drawn again: intervals, and differences of two runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+SAMPLES = 1000
+LEVEL = 0.95
+
+
+def _ratio(sums: Array) -> Array:
+    result: Array = sums[..., 0] / sums[..., 1]
+    return result
+
+
+@dataclass(frozen=True)
+class Measure:
+    """statistics: [n, k], k numbers for each of n items; value: sums over items [..., k] -> the metric [...]."""
+
+    statistics: Array
+    value: Callable[[Array], Array] = _ratio
+
+    def __float__(self) -> float:
+        return float(self.value(self.statistics.sum(0)))
+
+    def interval(self, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
+        """The 95 % percentile bootstrap interval: items are drawn with replacement, `samples` times (Efron 1979)."""
+        n, rng = len(self.statistics), np.random.default_rng(seed)
+        rows, counts = np.unique(self.statistics, axis=0, return_counts=True)
+        if len(rows) <= samples:  # equal items are drawn together, which has the same distribution
+            sums = rng.multinomial(n, counts / n, size=samples) @ rows
+        else:
+            draws = (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(samples))
+            sums = np.stack([draw @ self.statistics for draw in draws])
+        low, high = np.quantile(self.value(sums), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return float(low), float(high)
+
+    def minus(self, other: "Measure") -> "Measure":
+        """The difference of one metric of two runs over the same items, in the same order: drawn together."""
+        k = self.statistics.shape[1]
+        both = np.hstack([self.statistics, other.statistics])
+        return Measure(both, lambda sums: self.value(sums[..., :k]) - other.value(sums[..., k:]))
+
+
+def mean(values: Any, scale: float = 1.0) -> Measure:
+    """The mean of one number an item, times `scale`."""
+    column = np.asarray(values, np.float64) * scale
+    return Measure(np.column_stack([column, np.ones_like(column)]))

@@ -1,0 +1,151 @@
+"""Files of predictions: read, matched with the questions, and everything that is wrong with them said at once."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import UserError
+
+NAMED = 5  # of what is wrong, in a message
+
+
+@dataclass
+class Predictions:
+    """answers: id -> text; broken: what is wrong with rows that can't be used; repeated: ids after their first row."""
+
+    path: Path
+    answers: dict[str, str] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How many predictions and questions a score does without, which is asked for by --allow-partial."""
+
+    broken: int
+    repeated: int
+    missing: int
+    unknown: int
+
+    def as_notes(self) -> dict[str, Any]:
+        return {"left_out": vars(self)} if any(vars(self).values()) else {}
+
+
+def read_predictions(path: Path, ids: Sequence[str], texts: Sequence[str]) -> Predictions:
+    """Rows of a JSON array or of JSON lines; the first of the keys `ids` and `texts` that a row has is taken.
+
+    Where the first row has none of `ids`, predictions are in the order of the questions: ids are row numbers.
+    """
+    found = Predictions(path)
+    numbered: bool | None = None
+    for number, (where, row) in enumerate(json_rows(path, found.broken)):
+        if not isinstance(row, dict):
+            found.broken.append(f"{where}: an object is needed, not {_shown(row)}")
+            continue
+        if numbered is None:
+            numbered = not any(name in row for name in ids)
+        given = number if numbered else _first(row, ids)
+        name, text = as_id(given), _first(row, texts)
+        if name is None:
+            found.broken.append(f"{where}: {ids[0]} is a number or text, not {_shown(given)}")
+        elif not isinstance(text, str):
+            found.broken.append(f"{where}: {texts[0]} is text, not {_shown(text)}")
+        elif name in found.answers:
+            found.repeated.append(name)
+        else:
+            found.answers[name] = text
+    return found
+
+
+def match(
+    predictions: Predictions, questions: Iterable[str], references: Path, allow_partial: bool
+) -> tuple[dict[str, str], LeftOut]:
+    """Answers in the order of the questions. UserError for whatever doesn't fit, unless it may be left out."""
+    asked = dict.fromkeys(questions)
+    missing = [name for name in asked if name not in predictions.answers]
+    unknown = [name for name in predictions.answers if name not in asked]
+    found = [
+        (predictions.broken, "rows can't be used"),
+        (predictions.repeated, "ids come more than once"),
+        (missing, f"questions of {references} have no prediction"),
+        (unknown, f"ids are not in {references}"),
+    ]
+    wrong = "; ".join(f"{len(items)} {what} ({listed(items)})" for items, what in found if items)
+    if wrong and not allow_partial:
+        raise UserError(f"{predictions.path}: {wrong}; --allow-partial scores what fits")
+    answers = {name: predictions.answers[name] for name in asked if name in predictions.answers}
+    if not answers:
+        raise UserError(f"{predictions.path}: no prediction fits {references}: {wrong}")
+    return answers, LeftOut(*(len(items) for items, _ in found))
+
+
+def json_rows(path: Path, broken: list[str]) -> Iterator[tuple[str, Any]]:
+    """(where, value) of the elements of a JSON array or of JSON lines. Lines that are no JSON go to `broken`."""
+    text = read_text(path)
+    if not text.strip():
+        raise UserError(f"{path}: an empty file, where predictions are needed")
+    if text.lstrip().startswith("["):
+        rows = parse_json(text, path)
+        if not rows:
+            raise UserError(f"{path}: an empty list, where predictions are needed")
+        yield from ((f"[{index}]", row) for index, row in enumerate(rows))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except (ValueError, RecursionError):
+            broken.append(f"line {number}: not valid JSON")
+
+
+def read_json(path: Path) -> Any:
+    return parse_json(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_json(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+def as_id(value: Any) -> str | None:
+    """Ids are numbers in some files and text in others."""
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return str(value)
+    return None
+
+
+def unique(names: Sequence[str], path: Path) -> None:
+    """UserError when an id of a file of references comes twice."""
+    counted: dict[str, int] = {}
+    for name in names:
+        counted[name] = counted.get(name, 0) + 1
+    if len(counted) < len(names):
+        twice = [name for name, count in counted.items() if count > 1]
+        raise UserError(f"{path}: {len(twice)} ids come more than once ({listed(twice)})")
+
+
+def listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:NAMED]) + (", ..." if len(items) > NAMED else "")
+
+
+def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
+    return next((row[name] for name in names if name in row), None)
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)[:40]

@@ -1,0 +1,100 @@
+"""POPE: is an object in the picture? (Li et al. 2023)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.benchmarks.base import Answers, Benchmark, Item, as_number
+from data.benchmarks.files import Files, image_sets
+from data.benchmarks.measures import Array, Measure, mean
+from data.benchmarks.predictions import as_id, json_rows, listed
+from data.benchmarks.scores import Scores
+from data.formats import SHORT_ANSWER
+from vlm.errors import UserError
+
+NEGATIVE = {"No", "not", "no"}
+
+
+class POPE(Benchmark):
+    """JSON lines {"question_id", "image", "text", "label"}; predictions {"question_id", "answer"}, or in the order of
+    the questions. "yes" is what is looked for."""
+
+    task = "pope"
+    prompt = SHORT_ANSWER
+    max_tokens = 16
+    submission_name = "answers.jsonl"
+    text_keys = ("answer", "text")
+
+    def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
+        files = Files(data, split, "https://github.com/AoiDragon/POPE (output/coco), with COCO's val2014 pictures")
+        path = files.find("*pope*.json*", f"coco_pope_{split or 'random'}.json")
+        files.check()
+        pictures = files.pictures(images, ["val2014", *image_sets(path)])
+        items = [
+            Item(name, question, (label,), pictures.by_name(image))
+            for name, question, label, image in self._rows(path, asked=True)
+        ]
+        pictures.check()
+        return items
+
+    def references(self, path: Path) -> list[Item]:
+        return [Item(name, "", (label,)) for name, _, label, _ in self._rows(path, asked=False)]
+
+    def submission(self, answers: Mapping[str, str]) -> str:
+        rows = ({"question_id": as_number(i), "answer": text} for i, text in answers.items())
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
+        truth = np.array([item.references[0] != "no" for item in items])
+        said = [answers[item.id] for item in items]
+        yes = np.array([~right if text is None else says_yes(text) for right, text in zip(truth, said, strict=True)])
+        # [n, 5]: true and false positives, false and true negatives, and 1
+        table = np.column_stack([yes & truth, yes & ~truth, ~yes & truth, ~yes & ~truth, np.ones_like(yes)])
+        statistics = table.astype(np.float64)
+
+        def precision(sums: Array) -> Array:
+            return _share(sums[..., 0], sums[..., 0] + sums[..., 1])
+
+        def recall(sums: Array) -> Array:
+            return _share(sums[..., 0], sums[..., 0] + sums[..., 2])
+
+        def f1(sums: Array) -> Array:
+            return _share(2 * sums[..., 0], 2 * sums[..., 0] + sums[..., 1] + sums[..., 2])
+
+        right = (yes == truth).astype(np.float64)
+        measures = {
+            "accuracy": mean(right),
+            "precision": Measure(statistics, precision),
+            "recall": Measure(statistics, recall),
+            "f1": Measure(statistics, f1),
+            "yes_ratio": mean(yes),
+        }
+        per_item = {item.id: float(value) for item, value in zip(items, right, strict=True)}
+        return Scores(self.task, mode, measures, per_item)
+
+    def _rows(self, path: Path, asked: bool) -> list[tuple[str, str, str, str]]:
+        """id, question, label and image of each row; ids are row numbers where there are none."""
+        found, broken = [], list[str]()
+        needed = ("text", "image", "label") if asked else ("label",)
+        for number, (where, row) in enumerate(json_rows(path, broken)):
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in needed):
+                broken.append(f"{where}: {', '.join(needed)} are needed, which are text")
+            elif (name := as_id(row.get("question_id", number))) is None or row["label"] not in ("yes", "no"):
+                broken.append(f"{where}: question_id {row.get('question_id')!r}, label {row['label']!r} (yes or no)")
+            else:
+                found.append((name, row.get("text", ""), row["label"], row.get("image", "")))
+        if broken:
+            raise UserError(f"{path}: {len(broken)} rows can't be read ({listed(broken)})")
+        return found
+
+
+def says_yes(answer: str) -> bool:
+    """As the official script reads it: of the first sentence, without commas, a word that is No, not or no."""
+    return NEGATIVE.isdisjoint(answer.split(".")[0].replace(",", "").split(" "))
+
+
+def _share(part: Array, whole: Array) -> Array:
+    result: Array = part / np.where(whole > 0, whole, 1)
+    return result
