@@ -39,6 +39,7 @@ class Benchmark(ABC):
     submission_name: ClassVar[str] = "predictions.json"
     id_keys: ClassVar[tuple[str, ...]] = ("question_id",)
     text_keys: ClassVar[tuple[str, ...]] = ("answer",)
+    ordered: ClassVar[bool] = False  # predictions may be without ids, in the order of the questions
 
     @abstractmethod
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
@@ -54,7 +55,7 @@ class Benchmark(ABC):
 
     def predictions(self, path: Path) -> Predictions:
         """id -> answer, from a file in the benchmark's own submission format."""
-        return read_predictions(path, self.id_keys, self.text_keys)
+        return read_predictions(path, self.id_keys, self.text_keys, self.ordered)
 
     def submission(self, answers: Mapping[str, str]) -> str:
         """The text of a file in the benchmark's own submission format."""
@@ -65,13 +66,18 @@ class Benchmark(ABC):
         if mode not in self.modes:
             raise UserError(f"{self.task} is scored in the mode {' or '.join(self.modes)}, not {mode}")
 
+    def of_interest(self, items: list[Item], given: Predictions, references: Path) -> list[Item]:
+        """The items that a file of predictions has to answer."""
+        return items
+
     def matched(
         self, predictions: Path, references: Path, allow_partial: bool = False
     ) -> tuple[list[Item], dict[str, str], LeftOut]:
         """The questions that have a prediction, and these; UserError for whatever doesn't fit (`match`)."""
-        items = self.references(references)
+        items, given = self.references(references), self.predictions(predictions)
         unique([item.id for item in items], references)
-        answers, left_out = match(self.predictions(predictions), [item.id for item in items], references, allow_partial)
+        items = self.of_interest(items, given, references)
+        answers, left_out = match(given, [item.id for item in items], references, allow_partial)
         return [item for item in items if item.id in answers], answers, left_out
 
     def score_files(

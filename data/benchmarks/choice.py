@@ -11,11 +11,13 @@ import msgspec
 
 from data.benchmarks.base import Answers, Benchmark, Item, accuracies
 from data.benchmarks.files import Files, read_object
-from data.benchmarks.predictions import Predictions, read_json, read_predictions
+from data.benchmarks.predictions import Predictions, read_predictions, read_text
 from data.benchmarks.scores import Scores
+from vlm.errors import UserError
 
 # what LLaVA's script reads a letter from, then what people take for an answer, too
-_PUBLISHED = (re.compile(r"([A-Z])(?:\. .*)?", re.DOTALL), re.compile(r".*?The answer is ([A-Z])\..*", re.DOTALL))
+_LETTER = re.compile(r"([A-Z])(?:\. .*)?", re.DOTALL)
+_SENTENCE = re.compile(r"The answer is ([A-Z])\b")
 _BARE = re.compile(
     r"\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is|:)? *(?:option |choice )?)?"
     r"[(\[*\"']*([a-z])[)\]*\"'.:,]*(?:[\s.].*)?",
@@ -50,22 +52,34 @@ class ScienceQA(Benchmark):
             return _item(key, row, image)
 
         items = [item for item in read_object(path, Problem, ask) if item is not None]
+        if not items:
+            raise UserError(f"{path}: no problem is of the split {wanted!r} (theirs are train, val and test)")
         pictures.check()
         return items
 
     def references(self, path: Path) -> list[Item]:
         return read_object(path, Problem, lambda key, row: _item(key, row, None))
 
+    def of_interest(self, items: list[Item], given: Predictions, references: Path) -> list[Item]:
+        """All splits are in one file; those that no prediction is of aren't asked for."""
+        splits = dict(read_object(references, Split, lambda key, row: (key, row.split)))
+        answered = {splits[name] for name in given.answers if name in splits}
+        return [item for item in items if splits[item.id] in answered] or items
+
     def predictions(self, path: Path) -> Predictions:
-        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
-        if not text.lstrip().startswith("{") or '"outputs"' not in text[:1000]:
+        text = read_text(path)
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError):  # JSON lines
+            whole = None
+        if not isinstance(whole, dict) or not isinstance(whole.get("outputs"), dict):
             return read_predictions(path, self.id_keys, self.text_keys)
         found = Predictions(path)
-        for name, answer in read_json(path)["outputs"].items():
+        for name, answer in whole["outputs"].items():
             if isinstance(answer, str):
                 found.answers[name] = answer
             else:
-                found.broken.append(f"outputs[{name}]: text is needed, not {answer!r:.40}")
+                found.broken.append(f"outputs[{name}]: text is needed, not {repr(answer)[:40]}")
         return found
 
     def submission(self, answers: Mapping[str, str]) -> str:
@@ -82,6 +96,10 @@ class ScienceQA(Benchmark):
         per_item = {item.id: value for item, value in zip(items, right, strict=True)}
         notes: dict[str, Any] = {"unparsed": len(unparsed), "unparsed_answers": unparsed}
         return Scores(self.task, mode, accuracies(items, right), per_item, notes)
+
+
+class Split(msgspec.Struct):
+    split: str | None = None
 
 
 class Problem(msgspec.Struct):
@@ -104,7 +122,7 @@ class Problem(msgspec.Struct):
 def _item(key: str, row: Problem, image: Any) -> Item:
     letters = ascii_uppercase[: len(row.choices)]
     options = (f"{letter}. {choice}" for letter, choice in zip(letters, row.choices, strict=True))
-    question = "\n".join([*filter(None, [row.hint]), row.question, *options])
+    question = "\n".join([*([f"Context: {row.hint}"] if row.hint else []), row.question, *options])
     groups = [f"subject/{row.subject}"] if row.subject else []
     groups += [f"grade/{row.grade}"] if row.grade else []
     groups.append("accuracy/image" if row.image else "accuracy/no image")
@@ -114,15 +132,16 @@ def _item(key: str, row: Problem, image: Any) -> Item:
 def read_letter(answer: str, choices: Sequence[str]) -> str | None:
     """The letter that an answer names, or that of the choice whose words it is; None where it names none of them."""
     letters, text = ascii_uppercase[: len(choices)], answer.strip()
-    for pattern in _PUBLISHED:
-        if (found := pattern.fullmatch(text)) and found[1] in letters:
-            return found[1]
+    if (found := _LETTER.fullmatch(text)) and found[1] in letters:
+        return found[1]
+    if named := set(_SENTENCE.findall(text)):
+        return named.pop() if len(named) == 1 and named <= set(letters) else None
     same = [letter for letter, choice in zip(letters, choices, strict=True) if _plain(choice) == _plain(text)]
     if len(same) == 1:
         return same[0]
     found = _BARE.fullmatch(text)
-    # "a dog" begins with an article
-    if found and found[1].upper() in letters and not re.match(r"\W*a +\w", text):
+    # "A dog" begins with an article
+    if found and found[1].upper() in letters and not re.match(r"\W*a +\w", text, re.IGNORECASE):
         return found[1].upper()
     return None
 

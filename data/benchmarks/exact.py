@@ -15,7 +15,8 @@ from vlm.errors import UserError
 
 
 class Exact(Benchmark):
-    """Rows {"image", "question", "answer", optionally "id" and "kind"}; predictions are rows {"id", "answer"}.
+    """Rows {"image", "question", "answer", optionally "id" and "kind"}; predictions are rows {"id", "answer"},
+    or in the order of the questions.
 
     official: the answer is right when it equals the reference but for outer white space; normalised: case and a final
     full stop are ignored, too.
@@ -25,6 +26,7 @@ class Exact(Benchmark):
     modes = ("official", "normalised")
     submission_name = "predictions.jsonl"
     id_keys = ("id", "question_id")
+    ordered = True
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
         source = _open(data, images, split)

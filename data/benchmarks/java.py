@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -65,8 +65,9 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Me
         assert program.stdout is not None
         for hypothesis, others in zip(hypotheses, references, strict=True):
             text = hypothesis.replace("|||", "").replace("  ", " ")  # as the COCO script does
-            program.stdin.write(" ||| ".join(("SCORE", *others, text)) + "\n")
-            program.stdin.flush()
+            with suppress(BrokenPipeError):  # it ended, and what it said of that is told below
+                program.stdin.write(" ||| ".join(("SCORE", *others, text)) + "\n")
+                program.stdin.flush()
             told = program.stdout.readline()
             if len(told.split()) != 23:
                 raise UserError(f"METEOR gave {told.strip()!r} for the caption {text!r} ({_end(errors)})")
@@ -117,13 +118,17 @@ def _started(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", IO[str]
     jars = [str(_jar(argument)) if argument.endswith(".jar") else argument for argument in arguments]
     command = ["java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *jars]
     pipe = subprocess.PIPE
-    with tempfile.TemporaryFile("w+") as errors:
-        program = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, encoding="utf-8")
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, encoding="utf-8") as program,
+    ):
         try:
             yield program, errors
         finally:
             program.kill()
-            program.wait()
+            assert program.stdin is not None
+            with suppress(BrokenPipeError):
+                program.stdin.close()
 
 
 def _end(errors: IO[str]) -> str:

@@ -1,24 +1,36 @@
 """Files of predictions: read, matched with the questions, and everything that is wrong with them said at once."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from vlm.errors import UserError
 
 NAMED = 5  # of what is wrong, in a message
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class _Invalid:
+    def __repr__(self) -> str:
+        return "invalid JSON"
+
+
+INVALID = _Invalid()
 
 
 @dataclass
 class Predictions:
-    """answers: id -> text; broken: what is wrong with rows that can't be used; repeated: ids after their first row."""
+    """answers: id -> text; broken: what is wrong with rows that can't be used; repeated: ids after their first row;
+    ordered: rows have no ids and are in the order of the questions, row numbers stand for ids."""
 
     path: Path
     answers: dict[str, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,24 +46,27 @@ class LeftOut:
         return {"left_out": vars(self)} if any(vars(self).values()) else {}
 
 
-def read_predictions(path: Path, ids: Sequence[str], texts: Sequence[str]) -> Predictions:
+def read_predictions(path: Path, ids: Sequence[str], texts: Sequence[str], ordered: bool = False) -> Predictions:
     """Rows of a JSON array or of JSON lines; the first of the keys `ids` and `texts` that a row has is taken.
 
-    Where the first row has none of `ids`, predictions are in the order of the questions: ids are row numbers.
+    ordered: predictions may be in the order of the questions instead, which they are where the first row has no id.
     """
-    found = Predictions(path)
-    numbered: bool | None = None
-    for number, (where, row) in enumerate(json_rows(path, found.broken)):
+    found = Predictions(path, ordered=ordered)
+    undecided = ordered
+    for number, (where, row) in enumerate(json_rows(path)):
         if not isinstance(row, dict):
             found.broken.append(f"{where}: an object is needed, not {_shown(row)}")
             continue
-        if numbered is None:
-            numbered = not any(name in row for name in ids)
-        given = number if numbered else _first(row, ids)
-        name, text = as_id(given), _first(row, texts)
+        given, text = _first(row, ids), _first(row, texts)
+        if undecided:
+            found.ordered, undecided = given is None, False
+        if found.ordered and given is not None:
+            found.broken.append(f"{where}: {_shown(given)} for an id, where the first row has none")
+            continue
+        name = str(number) if found.ordered else as_id(given)
         if name is None:
             found.broken.append(f"{where}: {ids[0]} is a number or text, not {_shown(given)}")
-        elif not isinstance(text, str):
+        elif not _is_text(text):
             found.broken.append(f"{where}: {texts[0]} is text, not {_shown(text)}")
         elif name in found.answers:
             found.repeated.append(name)
@@ -65,8 +80,13 @@ def match(
 ) -> tuple[dict[str, str], LeftOut]:
     """Answers in the order of the questions. UserError for whatever doesn't fit, unless it may be left out."""
     asked = dict.fromkeys(questions)
-    missing = [name for name in asked if name not in predictions.answers]
-    unknown = [name for name in predictions.answers if name not in asked]
+    said = predictions.answers
+    if predictions.ordered:
+        names = list(asked)
+        numbers = ((int(number), text) for number, text in said.items())
+        said = {names[at] if at < len(names) else f"row {at + 1}": text for at, text in numbers}
+    missing = [name for name in asked if name not in said]
+    unknown = [name for name in said if name not in asked]
     found = [
         (predictions.broken, "rows can't be used"),
         (predictions.repeated, "ids come more than once"),
@@ -76,34 +96,33 @@ def match(
     wrong = "; ".join(f"{len(items)} {what} ({listed(items)})" for items, what in found if items)
     if wrong and not allow_partial:
         raise UserError(f"{predictions.path}: {wrong}; --allow-partial scores what fits")
-    answers = {name: predictions.answers[name] for name in asked if name in predictions.answers}
+    answers = {name: said[name] for name in asked if name in said}
     if not answers:
         raise UserError(f"{predictions.path}: no prediction fits {references}: {wrong}")
     return answers, LeftOut(*(len(items) for items, _ in found))
 
 
-def json_rows(path: Path, broken: list[str]) -> Iterator[tuple[str, Any]]:
-    """(where, value) of the elements of a JSON array or of JSON lines. Lines that are no JSON go to `broken`."""
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of the elements of a JSON array or of JSON lines; a line that is no JSON is INVALID."""
     text = read_text(path)
     if not text.strip():
-        raise UserError(f"{path}: an empty file, where predictions are needed")
+        raise UserError(f"{path}: an empty file, where rows are needed")
     if text.lstrip().startswith("["):
-        rows = parse_json(text, path)
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not a JSON file ({error})") from None
         if not rows:
-            raise UserError(f"{path}: an empty list, where predictions are needed")
+            raise UserError(f"{path}: an empty list, where rows are needed")
         yield from ((f"[{index}]", row) for index, row in enumerate(rows))
         return
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except (ValueError, RecursionError):
-            broken.append(f"line {number}: not valid JSON")
-
-
-def read_json(path: Path) -> Any:
-    return parse_json(read_text(path), path)
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = INVALID
+            yield f"line {number}", row
 
 
 def read_text(path: Path) -> str:
@@ -115,18 +134,9 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def parse_json(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-
-
 def as_id(value: Any) -> str | None:
     """Ids are numbers in some files and text in others."""
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        return str(value)
-    return None
+    return str(value) if _is_text(value) or (isinstance(value, int) and not isinstance(value, bool)) else None
 
 
 def unique(names: Sequence[str], path: Path) -> None:
@@ -145,6 +155,11 @@ def listed(items: Sequence[str]) -> str:
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
     return next((row[name] for name in names if name in row), None)
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Not half a surrogate pair either, which JSON can name but nothing can write."""
+    return isinstance(value, str) and (value.isascii() or not _SURROGATES.search(value))
 
 
 def _shown(value: Any) -> str:

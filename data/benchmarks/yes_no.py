@@ -26,6 +26,7 @@ class POPE(Benchmark):
     max_tokens = 16
     submission_name = "answers.jsonl"
     text_keys = ("answer", "text")
+    ordered = True
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
         files = Files(data, split, "https://github.com/AoiDragon/POPE (output/coco), with COCO's val2014 pictures")
@@ -78,7 +79,7 @@ class POPE(Benchmark):
         """id, question, label and image of each row; ids are row numbers where there are none."""
         found, broken = [], list[str]()
         needed = ("text", "image", "label") if asked else ("label",)
-        for number, (where, row) in enumerate(json_rows(path, broken)):
+        for number, (where, row) in enumerate(json_rows(path)):
             if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in needed):
                 broken.append(f"{where}: {', '.join(needed)} are needed, which are text")
             elif (name := as_id(row.get("question_id", number))) is None or row["label"] not in ("yes", "no"):

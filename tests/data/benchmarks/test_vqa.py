@@ -1,7 +1,6 @@
-"""VQA accuracy against the official script's scores, and its normaliser against rules written out by hand."""
+"""VQA accuracy: its modes, its files, and its normaliser against rules written out by hand."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,26 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from data.benchmarks import find_benchmark
 from data.benchmarks.vqa import VQA
 from data.benchmarks.vqa_text import clean, process
+from tests.data.benchmarks.files import annotation, picture, write
 from vlm import UserError
 
-REAL = os.environ.get("VLM_DEV_DATA", "")
 ALL_SAME = pytest.mark.parametrize("mode", ["official", "normalised"])
-
-
-def annotation(question: int, answers: list[str], **more: Any) -> dict[str, Any]:
-    said = [{"answer": answer, "answer_id": n, "answer_confidence": "yes"} for n, answer in enumerate(answers, 1)]
-    row = {"question_id": question, "image_id": 7, "answers": said, "answer_type": "other", "question_type": "what"}
-    return {**row, **more}
-
-
-def write(path: Path, content: Any) -> Path:
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
 
 
 def score(tmp_path: Path, annotations: list[dict[str, Any]], predictions: list[Any], mode: str = "official") -> Any:
@@ -38,22 +24,6 @@ def score(tmp_path: Path, annotations: list[dict[str, Any]], predictions: list[A
 
 def predicted(question: int, answer: str) -> dict[str, Any]:
     return {"question_id": question, "answer": answer}
-
-
-@pytest.mark.skipif(not REAL, reason="VLM_DEV_DATA names no folder with vqa-train100")
-@pytest.mark.parametrize("predictions", ["mc_raw", "chatty", "annotator1"])
-def test_every_question_scores_as_in_the_official_script(tmp_path: Path, predictions: str) -> None:
-    folder = Path(REAL) / "vqa-train100"
-    expected = json.loads((folder / "expected_official.json").read_text())[predictions]
-    path = write(tmp_path / "predictions.json", expected["predictions"])
-    scores = VQA().score_files(path, folder / "annotations.json", "official")
-    assert scores.n == 100
-    assert {key: round(value, 2) for key, value in scores.per_item.items()} == expected["per_question"]
-    accuracy = expected["accuracy"]
-    official = {"accuracy": accuracy["overall"]}
-    official |= {f"accuracy/{name}": value for name, value in accuracy["perAnswerType"].items()}
-    official |= {f"question_type/{name}": value for name, value in accuracy["perQuestionType"].items()}
-    assert {key: round(value, 2) for key, value in scores.metrics.items()} == official
 
 
 @ALL_SAME
@@ -177,28 +147,36 @@ def test_what_is_normalised_holds_no_articles_capital_letters_or_double_spaces(t
     assert all(word == word.lower() or "'" in word for word in words)
 
 
-def test_ids_that_are_missing_unknown_or_repeated_are_named(tmp_path: Path) -> None:
+def test_ids_that_are_missing_unknown_or_repeated_are_named_at_once(tmp_path: Path) -> None:
     rows = [annotation(question, ["red"] * 10) for question in range(1, 10)]
     good = [predicted(question, "red") for question in range(1, 10)]
     assert score(tmp_path, rows, good).metrics["accuracy"] == 100
-    with pytest.raises(UserError, match=r"no prediction in .*predictions\.json for 7 questions: 3, 4, 5, 6, 7 \.\.\."):
+    with pytest.raises(
+        UserError, match=r"7 questions of .*annotations\.json have no prediction \(3, 4, 5, 6, 7, \.\.\.\)"
+    ):
         score(tmp_path, rows, good[:2])
-    with pytest.raises(UserError, match=r"not asked in .*annotations\.json, but predicted: 1 questions: 77"):
-        score(tmp_path, rows, [*good, predicted(77, "red")])
-    with pytest.raises(UserError, match=r"predictions\.json: 1 ids come twice, the first is 4"):
-        score(tmp_path, rows, [*good, predicted(4, "blue")])
-    with pytest.raises(UserError, match=r"annotations\.json: 1 ids come twice, the first is 4"):
+    with pytest.raises(
+        UserError,
+        match=r"predictions\.json: 1 ids come more than once \(4\); 1 questions of .*json have no prediction \(9\); "
+        r"1 ids are not in .*annotations\.json \(77\); --allow-partial scores what fits",
+    ):
+        score(tmp_path, rows, [*good[:-1], predicted(77, "red"), predicted(4, "blue")])
+    with pytest.raises(UserError, match=r"annotations\.json: 1 ids come more than once \(4\)"):
         score(tmp_path, [*rows, rows[3]], good)
 
 
 @pytest.mark.parametrize(
     ("predictions", "complaint"),
     [
-        ({}, "predictions are a list"),
-        ([], "predictions are a list"),
-        (["red"], r"\[0\]: a prediction needs a question_id and an answer"),
-        ([{"answer": "red"}], r"\[0\]: a prediction needs a question_id"),
-        ([predicted(1, "red"), {"question_id": 2, "answer": 3}], r"\[1\]: a prediction needs .* which is text"),
+        ({}, "line 1: question_id is a number or text, not nothing"),
+        ([], "an empty list"),
+        (["red"], r"1 rows can't be used \(\[0\]: an object is needed, not 'red'\)"),
+        ([{"answer": "red"}], r"\[0\]: question_id is a number or text, not nothing"),
+        ([predicted(1, "red"), {"question_id": 2, "answer": 3}], r"\[1\]: answer is text, not 3"),
+        ([predicted(1, "red"), {"question_id": True, "answer": "x"}], r"\[1\]: question_id is .*, not True"),
+        ([predicted(1, "red"), {"question_id": 2, "answer": float("nan")}], r"\[1\]: answer is text, not nan"),
+        ([predicted(1, "\ud800")], r"\[0\]: answer is text, not '\\ud800'"),
+        ([None] * 7, r"7 rows can't be used \((\[\d\]: an object is needed, not nothing, ){5}\.\.\.\)"),
     ],
 )
 def test_predictions_of_another_shape_are_refused(tmp_path: Path, predictions: Any, complaint: str) -> None:
@@ -207,46 +185,88 @@ def test_predictions_of_another_shape_are_refused(tmp_path: Path, predictions: A
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "complaint"),
     [
-        {"question_id": 1},
-        {**annotation(1, ["red"]), "answers": []},
-        {**annotation(1, ["red"]), "answers": ["red"]},
-        {key: value for key, value in annotation(1, ["red"]).items() if key != "question_type"},
+        ({"question_id": 1}, "missing required field `answers`"),
+        ({**annotation(1, ["red"]), "answers": []}, "no answers"),
+        ({**annotation(1, ["red"]), "answers": ["red"]}, "Expected `object`, got `str`"),
+        ({**annotation(1, ["red"]), "question_id": None}, "got `null` - at `\\$.question_id`"),
+        ("red", "Expected `object`, got `str`"),
+        ({k: v for k, v in annotation(1, ["red"]).items() if k != "question_type"}, "`question_type`"),
     ],
 )
-def test_annotations_of_another_shape_are_refused(tmp_path: Path, row: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"annotations\.json: annotation 1 needs question_id, answers"):
+def test_annotations_of_another_shape_are_refused(tmp_path: Path, row: Any, complaint: str) -> None:
+    with pytest.raises(UserError, match=r"annotations\.json: 1 rows can't be read \(annotations\[1\]: .*" + complaint):
         score(tmp_path, [annotation(0, ["red"] * 10), row], [predicted(0, "red"), predicted(1, "red")])
-    with pytest.raises(UserError, match="not a VQA annotations file"):
+    with pytest.raises(UserError, match="a JSON object with a list 'annotations' is needed"):
         VQA().references(write(tmp_path / "other.json", {"questions": []}))
+    with pytest.raises(UserError, match="nothing in it"):
+        VQA().references(write(tmp_path / "empty.json", {"annotations": []}))
 
 
-@pytest.mark.parametrize("as_folder", [True, False])
-def test_questions_meet_their_annotations_and_pictures(tmp_path: Path, as_folder: bool) -> None:
-    data, images = tmp_path / "data", tmp_path / "val2014"
-    data.mkdir()
-    images.mkdir()
-    questions = [{"question_id": n, "image_id": n, "question": f"what {n}?"} for n in (1, 2, 3)]
-    file = write(data / "v2_questions.json", {"questions": questions})
-    write(data / "v2_annotations.json", {"annotations": [annotation(2, ["red"] * 9 + ["blue"])]})
-    names = ["COCO_val2014_000000000001.jpg", "2.jpg", "3.png"]
-    for name in names:
-        Image.new("RGB", (4, 4)).save(images / name)
-    items = find_benchmark("vqav2").items(data if as_folder else file, images)
-    assert [item.question for item in items] == ["what 1?", "what 2?", "what 3?"]
-    assert [item.image for item in items] == [images / name for name in names]
+QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
+
+
+def download(folder: Path, split: str = "val2014") -> Path:
+    """Three questions and one annotation, named as they're published, and their pictures."""
+    rows = [{"question_id": 10 * n, "image_id": n, "question": f"what {n}?"} for n in (1, 2, 300)]
+    told = [annotation(20, ["red"] * 9 + ["blue"], answer_type="number")]
+    write(folder / QUESTIONS.replace("val2014", split), {"info": {}, "questions": rows})
+    write(folder / ANNOTATIONS.replace("val2014", split), {"info": {}, "annotations": told})
+    for number in (1, 2, 300):
+        picture(folder / split / f"COCO_{split}_{number:012}.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("named", ["folder", "file", "images"])
+def test_questions_meet_their_annotations_and_pictures(tmp_path: Path, named: str) -> None:
+    folder = download(tmp_path)
+    data = folder / QUESTIONS if named == "file" else folder
+    items = VQA().items(data, folder / "val2014" if named == "images" else None)
+    assert [(item.id, item.question) for item in items] == [("10", "what 1?"), ("20", "what 2?"), ("3000", "what 300?")]
+    assert [item.image for item in items] == [folder / f"val2014/COCO_val2014_{n:012}.jpg" for n in (1, 2, 300)]
     assert [len(item.references) for item in items] == [0, 10, 0]
-    (images / "3.png").unlink()
-    with pytest.raises(UserError, match=r"val2014: no picture of image 3 \(COCO_\*_000000000003\.jpg\)"):
-        VQA().items(data, images)
-    with pytest.raises(UserError, match="no VQA questions file there"):
-        VQA().items(images, images)
+    assert items[1].groups == ("accuracy/number", "question_type/what")
+    assert VQA().score([items[1]], {"20": "red"}).metrics["accuracy"] == 100
+
+
+def test_pictures_are_found_by_number_under_any_name(tmp_path: Path) -> None:
+    folder = download(tmp_path)
+    (folder / "val2014/COCO_val2014_000000000002.jpg").rename(folder / "val2014/2.PNG")
+    assert VQA().items(folder, None)[1].image == folder / "val2014/2.PNG"
+    (folder / "val2014/2.PNG").unlink()
+    (folder / "val2014/COCO_val2014_000000000300.jpg").unlink()
+    with pytest.raises(UserError, match=r"val2014: 2 pictures are not there \(of image 2, of image 300\)"):
+        VQA().items(folder, None)
+    with pytest.raises(UserError, match="nowhere: no such image folder"):
+        VQA().items(folder, tmp_path / "nowhere")
+
+
+def test_what_is_missing_is_listed_with_where_it_is_published(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=rf"not there: {QUESTIONS}\. .* https://visualqa.org/download.html"):
+        VQA().items(tmp_path / "empty", None)
+    download(tmp_path / "both")
+    download(tmp_path / "both", "train2014")
+    with pytest.raises(UserError, match=r"several files fit \(v2_.*train2014.*, v2_.*val2014.*\); name one .* --split"):
+        VQA().items(tmp_path / "both", None)
+    assert "train2014" in str(VQA().items(tmp_path / "both", None, "train2014")[0].image)
+    other = r"v2_OpenEnded_mscoco_test2015_questions\.json \(of other splits there are v2_.*, v2_.*\)"
+    with pytest.raises(UserError, match=other):
+        VQA().items(tmp_path / "both", None, "test2015")
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        VQA().items(tmp_path / "nowhere", None)
+
+
+def test_test_questions_come_without_annotations(tmp_path: Path) -> None:
+    (download(tmp_path) / ANNOTATIONS).unlink()
+    assert [item.references for item in VQA().items(tmp_path, None)] == [(), (), ()]
 
 
 def test_a_submission_reads_back(tmp_path: Path) -> None:
     answers = {"1": "red", "22": "it's \u00fc", "x7": ""}
     path = tmp_path / "predictions.json"
     path.write_text(VQA().submission(answers), encoding="utf-8")
-    assert VQA().read_predictions(path) == answers
+    assert VQA().predictions(path).answers == answers
     assert json.loads(path.read_text())[0] == {"question_id": 1, "answer": "red"}  # numbers, as the server wants them
