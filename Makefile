@@ -27,9 +27,9 @@ $(BIN)/pip:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed-demo: $(PACKAGING) | $(BIN)/pip
-	$(BIN)/pip install -c constraints.txt -e '.[train,serve]'
+	$(BIN)/pip install -c constraints.txt -e '.[train,serve,eval]'
 	touch $@
 
 .venv/.installed-dev: $(PACKAGING) | $(BIN)/pip
-	$(BIN)/pip install -c constraints.txt -e '.[train,serve,quant,sentencepiece,dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[train,serve,eval,quant,sentencepiece,dev]'
 	touch $@ .venv/.installed-demo

@@ -223,7 +223,7 @@ def score_captions(model: Path, data: Path, captions: Captions, seed: int) -> di
 
 
 def cider(references: dict[str, list[str]], said: dict[str, str]) -> float:
-    from pycocoevalcap.cider.cider import Cider  # of the extra "bench"; yes/no questions do without
+    from pycocoevalcap.cider.cider import Cider  # of the extra "eval"; yes/no questions do without
 
     score, _ = Cider().compute_score(references, {image: [text] for image, text in said.items()})
     return float(score)
