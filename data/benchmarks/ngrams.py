@@ -97,8 +97,7 @@ def cider(corpus: Corpus) -> Array:
     """
     total = np.zeros(corpus.n)
     n_references = len(corpus.image) - corpus.n
-    # the script takes for lengths how many pairs of words there are
-    lengths = np.maximum(0, corpus.lengths - 1).astype(np.float64)
+    lengths = corpus.lengths.astype(np.float64)
     image = corpus.image[corpus.n :]
     gauss = np.exp(-((lengths[: corpus.n][image] - lengths[corpus.n :]) ** 2) / (2 * SIGMA**2))
     for counts in corpus.orders:
