@@ -51,9 +51,10 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     text = "".join(f"{' '.join(caption.split())}\n" for caption in captions) + last
     with _started(*arguments) as (program, errors):
         told, _ = program.communicate(text)
-    lines = told.rstrip().split("\n")
-    if program.returncode or lines[-1] != last or len(lines) != len(captions) + 1:
-        raise UserError(f"the PTB tokeniser gave {len(lines) - 1} lines for {len(captions)} captions ({_end(errors)})")
+        lines = told.rstrip().split("\n")
+        if program.returncode or lines[-1] != last or len(lines) != len(captions) + 1:
+            counts = f"{len(lines) - 1} lines for {len(captions)} captions"
+            raise UserError(f"the PTB tokeniser gave {counts} ({_end(errors)})")
     return [" ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION) for line in lines[:-1]]
 
 
@@ -72,7 +73,15 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Me
             if len(told.split()) != 23:
                 raise UserError(f"METEOR gave {told.strip()!r} for the caption {text!r} ({_end(errors)})")
             statistics.append([float(number) for number in told.split()])
-    return Measure(np.array(statistics), meteor_score)
+    return Measure(meteor_statistics(statistics), meteor_score)
+
+
+def meteor_statistics(lines: Sequence[Sequence[float]]) -> Array:
+    """METEOR's 23 numbers of each caption, ready to be summed: one that is its reference has no fragments. [n, 23]"""
+    statistics = np.array(lines, np.float64).reshape(-1, 23)
+    whole = (statistics[:, 21:23] == statistics[:, 0:2]).all(1) & (statistics[:, 20] == 1)
+    statistics[whole, 20] = 0
+    return statistics
 
 
 def meteor_score(statistics: Array) -> Array:
@@ -88,9 +97,7 @@ def meteor_score(statistics: Array) -> Array:
     below = _ALPHA * precision + (1 - _ALPHA) * recall
     mean = precision * recall / np.where(below > 0, below, 1)
     total = matches.sum(-1) / 2
-    whole = (matches == lengths).all(-1) & (chunks == 1)
-    fragments = np.where(whole, 0.0, chunks / np.where(total > 0, total, 1))
-    result: Array = mean * (1 - _GAMMA * fragments**_BETA)
+    result: Array = mean * (1 - _GAMMA * (chunks / np.where(total > 0, total, 1)) ** _BETA)
     return result
 
 
