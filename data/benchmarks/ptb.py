@@ -1,7 +1,8 @@
 """Penn Treebank tokenisation of captions without Java, after Stanford's PTBTokenizer (CoreNLP 3.4.1, -lowerCase).
 
 Its output is that of the Java program on captions as people write them. Known differences: smileys, fractions and
-telephone numbers of rarer forms, and abbreviations that are not in the list below.
+telephone numbers of rarer forms, several slashes or marks between words without a space, and abbreviations that are
+not in the list below.
 """
 
 import re
@@ -30,10 +31,10 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("\u201c\u201d\u00ab\u00bb", '"'),
         "\u2013": "--",
         "\u2014": "--",
-        "\u2026": "...",
-        "\u00bd": "1/2",
-        "\u00bc": "1/4",
-        "\u00be": "3/4",
+        "\u2026": " ... ",
+        "\u00bd": " 1/2 ",
+        "\u00bc": " 1/4 ",
+        "\u00be": " 3/4 ",
         "\u00a0": " ",
     }
 )
@@ -56,12 +57,13 @@ _TOKEN = re.compile(
             r"[^\W\d]+\.(?=,)",
             r"'n'(?!\w)|'(?:tis|twas|em|cause|til)(?!\w)|'\d\ds?(?!\w)",
             r"n't(?!\w)|'(?:s|re|ve|ll|d|m)(?!\w)",
-            r"(?<!\w)[-+]?\.?\d+(?:[,.:/-]\d+)*(?![\w]|-\w)",
+            r"(?:(?<!\w)[-+]?|\+|[-+]?[.,:])\d+(?:[,.:/-]\d+)*(?![\w]|-\w)",
             r"(?<!\w)(?:o'[a-z]{2,}|d'(?:oh|ye)|ma'am|more'n)(?!\w)|y'(?=all\b)",
             r"(?-i:[A-Z]+(?:&[A-Z]+)+)(?!\w)",
             r"[^\W_]+(?:\.[^\W_]+)+(?![-\w])",  # sentence.the, the program takes for an address
-            r"\w+(?:[-/]\w+)*?(?=n't(?!\w))|\w+(?:-\w+|/[^\W\d]\w*)*",
-            r"\.{2,}|-{2,}|[!?]{2,}|''|``|[*~=]+|\S",
+            r"[^\W\d_]+(?:[!?]|[.,]-)[^\W\d_]+",  # and these, too
+            r"\w+(?:[-/]\w+)*?(?=n't(?!\w))|[^\W_](?:\w*[^\W_])?(?:-\w+|/[^\W\d]\w*)*",
+            r"\.{2,}|-{2,}|[!?]{2,}|''|``|\*+|#+|<<|>>|_+|\S",
         )
     ),
     re.I,
