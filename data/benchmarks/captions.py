@@ -10,7 +10,7 @@ import msgspec
 from data.benchmarks import java, ptb
 from data.benchmarks.base import Answers, Benchmark, Item, as_number
 from data.benchmarks.files import Files, image_sets, read_array
-from data.benchmarks.measures import Measure, mean
+from data.benchmarks.measures import Array, Measure, mean
 from data.benchmarks.ngrams import Corpus, bleu, cider
 from data.benchmarks.rouge import rouge_l
 from data.benchmarks.scores import Scores
@@ -60,17 +60,10 @@ class Captions(Benchmark):
         """A question that failed has an empty caption, which shares nothing with any reference."""
         said = [answers[item.id] or "" for item in items]
         hypotheses, references, tokenizer = self._tokenized(said, [item.references for item in items])
-        corpus = Corpus([text.split() for text in hypotheses], [[text.split() for text in one] for one in references])
-        ciders = cider(corpus)
-        rouges = [
-            rouge_l(text.split(" "), [other.split(" ") for other in others])
-            for text, others in zip(hypotheses, references, strict=True)
-        ]
-        measures: dict[str, Measure] = bleu(corpus)
+        measures, ciders = measure(hypotheses, references)
         skipped = {name: why for name, why in (("meteor", java.missing()), ("spice", java.spice_missing())) if why}
         if "meteor" not in skipped:
             measures["meteor"] = java.meteor(hypotheses, references)
-        measures |= {"rouge_l": mean(rouges), "cider": mean(ciders)}
         if "spice" not in skipped:
             measures["spice"] = mean(java.spice(hypotheses, references))
         per_item = {item.id: float(value) for item, value in zip(items, ciders, strict=True)}
@@ -88,6 +81,17 @@ class Captions(Benchmark):
             texts = [ptb.tokenize(text) for text in texts]
         rest = iter(texts[len(said) :])
         return texts[: len(said)], [[next(rest) for _ in one] for one in references], tokenizer
+
+
+def measure(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict[str, Measure], Array]:
+    """What needs no Java, of tokenised texts; CIDEr-D of each image besides. [n]"""
+    corpus = Corpus([text.split() for text in hypotheses], [[text.split() for text in one] for one in references])
+    ciders = cider(corpus)
+    rouges = [
+        rouge_l(text.split(" "), [other.split(" ") for other in others])
+        for text, others in zip(hypotheses, references, strict=True)
+    ]
+    return {**bleu(corpus), "rouge_l": mean(rouges), "cider": mean(ciders)}, ciders
 
 
 class Image(msgspec.Struct):

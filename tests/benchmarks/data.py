@@ -14,10 +14,8 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -25,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from data_files import (
     llava_rows,
     text_rows,
@@ -35,12 +32,11 @@ from data_files import (
     write_photographs,
     write_shared_images,
 )
-from support import COMMAND, ROOT
+from support import COMMAND, ROOT, figures, head, line, middles, others
 
 from data.scenes.write import write_scenes
 
 HERE = Path(__file__).resolve().parent
-QUIET = 0.2  # cores that others may use when a measurement begins
 TOKENS = 2048  # of a packed row
 Case = TypeVar("Case")
 
@@ -90,49 +86,16 @@ class Bench:
         return [self.run([*COMMAND, *arguments]) for _ in range(self.rounds)]
 
     def run(self, command: Sequence[str]) -> dict[str, Any]:
-        """What the last line of a command's output says, and its seconds, processor seconds, peak MB, and what others
-        took meanwhile (cores)."""
-        wait_for_quiet(self.patience)
+        """`figures` of a command, which keeps what it caches in the folder."""
         cache = {"VLM_CACHE": "index", "HF_HOME": "hf"}
         own = {name: str(self.folder / below) for name, below in cache.items()}
-        env = {**os.environ, **own, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        with tempfile.NamedTemporaryFile(dir=self.folder) as file:
-            before, began = busy(), time.perf_counter()
-            pid = os.posix_spawn(command[0], command, env, file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 1)])
-            _, status, usage = os.wait4(pid, 0)
-            seconds, spent = time.perf_counter() - began, busy() - before
-            if status:
-                raise SystemExit(f"{' '.join(command)} failed; its message stands above")
-            lines = Path(file.name).read_text(encoding="utf-8").splitlines()
-        cpu = usage.ru_utime + usage.ru_stime
-        return {
-            **json.loads(lines[-1]),
-            "seconds": seconds,
-            "cpu": cpu,
-            "peak_mb": usage.ru_maxrss * 1024 / 1e6,
-            "others": max(0.0, spent - cpu) / seconds,
-        }
+        return figures(command, self.patience, {**own, "HF_HUB_OFFLINE": "1"})
 
     def keep(self, name: str, rounds: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         self.found[name] = [{key: value for key, value in each.items() if key != "bad_rows"} for each in rounds]
         (self.folder / "figures.json").write_text(json.dumps(self.found, indent=1), encoding="utf-8")
         print(".", end="", file=sys.stderr, flush=True)
         return rounds
-
-
-def busy() -> float:
-    """Seconds that all cores together have worked since the machine started."""
-    times = psutil.cpu_times()
-    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
-
-
-def wait_for_quiet(patience: float) -> None:
-    began = time.perf_counter()
-    while True:
-        before, at = busy(), time.perf_counter()
-        time.sleep(1 if patience else 0.1)
-        if (busy() - before) / (time.perf_counter() - at) < QUIET or time.perf_counter() - began > patience:
-            return
 
 
 def measure_fill(bench: Bench) -> None:
@@ -275,30 +238,6 @@ def measure_feed(bench: Bench) -> None:
                 ratios = [{"ratio": each[f"workers {workers}"] / each["learns"]} for each in found]
                 cells += [*middles(found, f"workers {workers}", digits=0), *middles(ratios, "ratio", digits=1)]
             line(f"{fusion}, {threads} thread{'s' * (threads > 1)}", *cells, others(found))
-
-
-def middles(rounds: Sequence[dict[str, Any]], *names: str, digits: int = 1) -> list[str]:
-    """Medians, with the lowest and highest where these differ."""
-    cells = []
-    for name in names:
-        values = [each[name] for each in rounds]
-        low, middle, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
-        cells.append(middle if low == high else f"{middle} ({low} to {high})")
-    return cells
-
-
-def others(rounds: Sequence[dict[str, Any]]) -> str:
-    return f"{max(each['others'] for each in rounds):.2f}"
-
-
-def head(title: str, *names: str) -> None:
-    print(f"\n### {title}\n")
-    line(*names)
-    line(*["---"] * len(names))
-
-
-def line(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 MEASURED = {

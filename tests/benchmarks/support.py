@@ -1,11 +1,15 @@
-"""What the benchmark scripts share: JSONL files, conversations, and the command line run as a user would."""
+"""What the benchmark scripts share: JSONL files, conversations, the command line run as a user would, measurements of
+processes, and tables of them."""
 
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 # A script's own folder comes first on the path, and data.py in it would hide the package `data`.
 sys.path.insert(0, str(ROOT))
+QUIET = 0.2  # cores that others may use when a measurement begins
 COMMAND = [sys.executable, "-P", "-m", "vlm.cli"]
 
 
@@ -66,3 +71,65 @@ def metrics(evaluation: Path) -> dict[str, float]:
     """The metrics of an evaluation folder; scores by kind under the kind's name."""
     held = json.loads((evaluation / "scores.json").read_text(encoding="utf-8"))["metrics"]
     return {name.removeprefix("accuracy/"): round(value, 4) for name, value in held.items()}
+
+
+def figures(command: Sequence[str], patience: float, env: Mapping[str, str]) -> dict[str, Any]:
+    """What the last line of a command's output says, and its seconds, processor seconds, peak MB, and what others took
+    meanwhile (cores). It begins when others leave the cores alone, or after `patience` seconds."""
+    wait_for_quiet(patience)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    with tempfile.NamedTemporaryFile() as file:
+        before, began = busy(), time.perf_counter()
+        pid = os.posix_spawn(command[0], command, env, file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 1)])
+        _, status, usage = os.wait4(pid, 0)
+        seconds, spent = time.perf_counter() - began, busy() - before
+        if status:
+            raise SystemExit(f"{' '.join(command)} failed; its message stands above")
+        lines = Path(file.name).read_text(encoding="utf-8").splitlines()
+    cpu = usage.ru_utime + usage.ru_stime
+    return {
+        **json.loads(lines[-1]),
+        "seconds": seconds,
+        "cpu": cpu,
+        "peak_mb": usage.ru_maxrss * 1024 / 1e6,
+        "others": max(0.0, spent - cpu) / seconds,
+    }
+
+
+def busy() -> float:
+    """Seconds that all cores together have worked since the machine started."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+
+
+def wait_for_quiet(patience: float) -> None:
+    began = time.perf_counter()
+    while True:
+        before, at = busy(), time.perf_counter()
+        time.sleep(1 if patience else 0.1)
+        if (busy() - before) / (time.perf_counter() - at) < QUIET or time.perf_counter() - began > patience:
+            return
+
+
+def middles(rounds: Sequence[dict[str, Any]], *names: str, digits: int = 1) -> list[str]:
+    """Medians, with the lowest and highest where these differ."""
+    cells = []
+    for name in names:
+        values = [each[name] for each in rounds]
+        low, middle, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+        cells.append(middle if low == high else f"{middle} ({low} to {high})")
+    return cells
+
+
+def others(rounds: Sequence[dict[str, Any]]) -> str:
+    return f"{max(each['others'] for each in rounds):.2f}"
+
+
+def head(title: str, *names: str) -> None:
+    print(f"\n### {title}\n")
+    line(*names)
+    line(*["---"] * len(names))
+
+
+def line(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)

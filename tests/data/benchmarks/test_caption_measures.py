@@ -11,7 +11,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from data.benchmarks.ngrams import Corpus, bleu, cider
+from data.benchmarks.captions import measure
 from data.benchmarks.rouge import rouge_l
 
 CLOSE = 1e-9
@@ -20,23 +20,19 @@ Texts = Sequence[str]
 
 def compare(hypotheses: Texts, references: Sequence[Texts]) -> dict[str, float]:
     """Ours, after a look that theirs are the same."""
-    corpus = Corpus([text.split() for text in hypotheses], [[text.split() for text in one] for one in references])
-    ours = {name: float(measure) for name, measure in bleu(corpus).items()}
-    ciders = cider(corpus)
-    rouges = [
-        rouge_l(text.split(" "), [other.split(" ") for other in others])
-        for text, others in zip(hypotheses, references, strict=True)
-    ]
+    measures, ciders = measure(hypotheses, references)
+    ours = {name: float(value) for name, value in measures.items()}
     truth = dict(enumerate(map(list, references)))
     said = {number: [text] for number, text in enumerate(hypotheses)}
     theirs, _ = Bleu(4).compute_score(truth, said, verbose=0)
-    assert list(ours.values()) == pytest.approx(theirs, abs=CLOSE)
+    assert [ours[f"bleu{n}"] for n in range(1, 5)] == pytest.approx(theirs, abs=CLOSE)
     mean, each = Cider().compute_score(truth, said)
     np.testing.assert_allclose(ciders, each, atol=CLOSE)
     assert ciders.mean() == pytest.approx(mean, abs=CLOSE)
     mean, each = Rouge().compute_score(truth, said)
-    np.testing.assert_allclose(rouges, each, atol=CLOSE)
-    return {**ours, "cider": float(ciders.mean()), "rouge_l": float(np.mean(rouges))}
+    np.testing.assert_allclose(measures["rouge_l"].statistics[:, 0], each, atol=CLOSE)
+    assert [ours["cider"], ours["rouge_l"]] == pytest.approx([ciders.mean(), mean], abs=CLOSE)
+    return ours
 
 
 def sentence(rng: random.Random, words: Texts, longest: int) -> str:
