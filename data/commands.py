@@ -191,6 +191,10 @@ def score(parser: argparse.ArgumentParser) -> None:
         choices=("ptb", "ptb-python", "none"),
         help="of captions: Stanford's where there is Java (ptb), our own rendition of it, or none (default: ptb)",
     )
+    parser.add_argument("--clip", metavar="MODEL", help="a CLIP, for captions: CLIPScore and RefCLIPScore, too")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="the pictures, for --clip (default: the references')"
+    )
     parser.add_argument("--against", type=Path, metavar="OTHER", help="other predictions: differences, what changed")
     parser.add_argument(
         "--allow-partial",

@@ -20,6 +20,10 @@ def run_scoring(options: argparse.Namespace) -> int:
         if not isinstance(benchmark, Captions):
             raise UserError(f"--tokenizer is for captions; {options.task} has its own rules")
         benchmark.tokenizer = options.tokenizer
+    if options.clip is not None:
+        if not isinstance(benchmark, Captions):
+            raise UserError(f"--clip is for captions; {options.task} has its own rules")
+        benchmark.clip, benchmark.images = options.clip, options.images
     benchmark.check_mode(options.mode)
     if options.against is None:
         scores = benchmark.score_files(options.predictions, options.references, options.mode, options.allow_partial)

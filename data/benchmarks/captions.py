@@ -3,17 +3,22 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from data.benchmarks import java, ptb
 from data.benchmarks.base import Answers, Benchmark, Item, as_number
-from data.benchmarks.files import Files, image_sets, read_array
+from data.benchmarks.files import Files, Pictures, image_sets, read_array
 from data.benchmarks.measures import Array, Measure, mean
 from data.benchmarks.ngrams import Corpus, bleu, cider
+from data.benchmarks.predictions import listed
 from data.benchmarks.rouge import rouge_l
 from data.benchmarks.scores import Scores
+from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from data.benchmarks.clipscore import Clip
 
 Tokenizer = Literal["ptb", "ptb-python", "none"]
 
@@ -34,6 +39,9 @@ class Captions(Benchmark):
 
     def __init__(self, tokenizer: Tokenizer = "ptb") -> None:
         self.tokenizer = tokenizer
+        self.clip: str | None = None  # a CLIP by which captions are compared with their pictures, too
+        self.images: Path | None = None
+        self._loaded: Clip | None = None
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
         files = Files(data, split, "https://cocodataset.org/#download (annotations) and COCO's image sets")
@@ -51,7 +59,15 @@ class Captions(Benchmark):
         return items
 
     def references(self, path: Path) -> list[Item]:
-        return [Item(image, "", tuple(captions)) for image, captions in _captions(path).items()]
+        captions = _captions(path)
+        if self.clip is None:
+            return [Item(image, "", tuple(texts)) for image, texts in captions.items()]
+        names = dict(read_array(path, "images", Image, lambda _, row: (str(row.id), row.file_name)))
+        pictures = Pictures(path.parent if self.images is None else self.images)
+        return [
+            Item(image, "", tuple(texts), pictures.by_name(names[image]) if image in names else None)
+            for image, texts in captions.items()
+        ]
 
     def submission(self, answers: Mapping[str, str]) -> str:
         return json.dumps([{"image_id": as_number(i), "caption": text} for i, text in answers.items()])
@@ -66,8 +82,23 @@ class Captions(Benchmark):
             measures["meteor"] = java.meteor(hypotheses, references)
         if "spice" not in skipped:
             measures["spice"] = mean(java.spice(hypotheses, references))
+        if self.clip is not None:
+            measures |= self._clipscores(self.clip, items, answers)
         per_item = {item.id: float(value) for item, value in zip(items, ciders, strict=True)}
         return Scores(self.task, mode, measures, per_item, {"tokenizer": tokenizer, "skipped": skipped})
+
+    def _clipscores(self, clip: str, items: Sequence[Item], answers: Answers) -> dict[str, Measure]:
+        pictures = [item.image for item in items if item.image is not None]
+        if len(pictures) < len(items):
+            names = [item.id for item in items if item.image is None]
+            raise UserError(
+                f"CLIPScore needs the pictures, and those of {len(names)} images aren't there ({listed(names)})"
+            )
+        from data.benchmarks.clipscore import Clip, clipscores
+
+        if self._loaded is None:
+            self._loaded = Clip(clip)
+        return clipscores(self._loaded, [answers[item.id] for item in items], pictures, [i.references for i in items])
 
     def _tokenized(
         self, said: Sequence[str], references: Sequence[Sequence[str]]
