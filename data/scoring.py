@@ -60,11 +60,11 @@ def score_both(
     both = [item for item in items if item.id in others]
     if not both:
         raise UserError(f"{ours} and {theirs}: no question that both answer")
-    scores = benchmark.score(both, answers, mode)
-    scores.notes.update(left_out.as_notes())
-    if notes := other_left_out.as_notes():
-        scores.notes["left_out_of_other"] = notes["left_out"]
-    return scores, benchmark.score(both, others, mode)
+    scores = benchmark.score_given(both, answers, mode, left_out)
+    other = benchmark.score_given(both, others, mode, other_left_out)
+    if "left_out" in other.notes:
+        scores.notes["left_out_of_other"] = other.notes["left_out"]
+    return scores, other
 
 
 def comparison(ours: Scores, theirs: Scores, options: argparse.Namespace) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Benchmark(ABC):
     submission_name: ClassVar[str] = "predictions.json"
     id_keys: ClassVar[tuple[str, ...]] = ("question_id",)
     text_keys: ClassVar[tuple[str, ...]] = ("answer",)
+    prompt_notes: ClassVar[Mapping[str, Any]] = {}  # among the notes of a score of answers to `prompt`
     ordered: ClassVar[bool] = False  # predictions may be without ids, in the order of the questions
 
     @abstractmethod
@@ -85,7 +86,13 @@ class Benchmark(ABC):
     ) -> Scores:
         self.check_mode(mode)
         items, answers, left_out = self.matched(predictions, references, allow_partial)
+        return self.score_given(items, answers, mode, left_out)
+
+    def score_given(self, items: Sequence[Item], answers: Answers, mode: str, left_out: LeftOut) -> Scores:
+        """Scores of answers from a file, of whose prompt nothing is known."""
         scores = self.score(items, answers, mode)
+        for name in self.prompt_notes:
+            scores.notes.pop(name)
         scores.notes.update(left_out.as_notes())
         return scores
 

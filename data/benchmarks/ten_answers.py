@@ -26,7 +26,7 @@ class TextVQA(Benchmark):
     task = "textvqa"
     prompt = SHORT_ANSWER
     max_tokens = 16
-    notes = {"ocr_tokens_in_prompt": False}
+    prompt_notes = {"ocr_tokens_in_prompt": False}
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
         files = Files(data, split, "https://textvqa.org/dataset (0.5.1)")
@@ -50,7 +50,7 @@ class TextVQA(Benchmark):
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         values = [_text_accuracy(answers[item.id], item) for item in items]
         per_item = {item.id: value * 100 for item, value in zip(items, values, strict=True)}
-        return Scores(self.task, mode, accuracies(items, values, 100), per_item, dict(self.notes))
+        return Scores(self.task, mode, accuracies(items, values, 100), per_item, dict(self.prompt_notes))
 
 
 class TextReference(msgspec.Struct):
