@@ -1,6 +1,6 @@
 """Data sets of Hugging Face's `datasets`: Parquet, Arrow, folders that it saved, and ids of its hub."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from glob import escape
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 from data.formats import read_row
 from data.index import fingerprint
 from data.pictures import ImageBytes
-from data.records import Record
+from data.records import Record, find_image
 from data.rows import Source, image_folder
 from vlm.errors import UserError, first_line
 
@@ -66,6 +66,25 @@ class Columns(Source):
         except Exception as error:  # whatever a broken file makes of Arrow
             raise UserError(f"{self.where(index)}: cannot be read ({first_line(error)})") from None
         return {key: value for key, value in row.items() if value is not None}
+
+    def without_images(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """All rows in order without the columns that may hold images, and whether the row has one in `image`.
+
+        Images are not read: of a memory map only the pages that are looked at are.
+        """
+        names = [name for name in self._data.column_names if name not in self._folded and name != "image"]
+        for table in self._data.iter(batch_size=1000):
+            there = table["image"].is_valid().to_pylist() if "image" in table.column_names else [False] * len(table)
+            yield from zip(table.select(names).to_pylist(), there, strict=True)
+
+    def image(self, index: int) -> bytes:
+        """The encoded image in a row's column `image`."""
+        found = unfold(self.row(index).get("image"), self.where(index))
+        if isinstance(found, ImageBytes):
+            return found.data
+        if not isinstance(found, str):
+            raise UserError(f"{self.where(index)}: no image in it")
+        return find_image(self.where(index), found, self.images).read_bytes()
 
     def __getitem__(self, index: int) -> Record:
         where = self.where(index)

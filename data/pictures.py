@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 from PIL import Image
 from PIL.ContainerIO import ContainerIO
@@ -52,7 +52,29 @@ class ImageBytes:
         return self.data
 
 
-ImageRef = Path | ImageSlice | ImageBytes
+class Rows(Protocol):
+    """Rows that hold an image each."""
+
+    def where(self, index: int) -> str: ...
+
+    def image(self, index: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """The image of a row that is read when it's wanted: a hundred thousand of them take no room."""
+
+    rows: Rows = field(compare=False, repr=False)
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.rows.where(self.index)}.image"
+
+    def read(self) -> bytes:
+        return self.rows.image(self.index)
+
+
+ImageRef = Path | ImageSlice | ImageBytes | ImageRow
 
 
 def load_image(image: ImageRef) -> Image.Image:
@@ -64,7 +86,7 @@ def image_size(image: ImageRef) -> tuple[int, int]:
     """(height, width) that `load_image` will give, from the header."""
     if isinstance(image, Path):
         return read_size(image)
-    if isinstance(image, ImageBytes):
-        return decode_size(image.data, str(image))
+    if isinstance(image, (ImageBytes, ImageRow)):
+        return decode_size(image.read(), str(image))
     with image.open() as file:
         return decode_size(file, str(image))

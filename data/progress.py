@@ -2,11 +2,17 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-Tell = Callable[[int], None]
+
+class Tell(Protocol):
+    """To be told how much is done, and what should stand beside it."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
 _QUIET = 1.0  # seconds that need no word
 _LINES_APART = 10.0
 
@@ -28,16 +34,19 @@ class _Shown:
         self.bar: Any = None
         self.task: Any = None
 
-    def tell(self, done: int) -> None:
+    def tell(self, done: int, note: str = "") -> None:
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.update(self.task, completed=done)
+            self.bar.update(self.task, completed=done, description=f"{self.what} {note}".rstrip())
         elif now - self.began > _QUIET and sys.stderr.isatty():
             self._draw(done)
         elif now - self.spoke > _LINES_APART:
             self.spoke = now
             left = (now - self.began) * (self.total - done) / max(done, 1)
-            print(f"{self.what}: {100 * done / max(self.total, 1):.0f} %, {left:.0f} s left", file=sys.stderr)
+            print(
+                f"{self.what}: {100 * done / max(self.total, 1):.0f} %, {left:.0f} s left{note and f', {note}'}",
+                file=sys.stderr,
+            )
 
     def _draw(self, done: int) -> None:
         from rich.console import Console

@@ -9,7 +9,7 @@ from types import FrameType
 
 def run(command: list[str], environment: dict[str, str]) -> int:
     """Runs the server as a child in a session of its own; passes signals on to it, and its exit code back."""
-    child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+    child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
 
     def forward(number: int, _frame: FrameType | None) -> None:
         child.send_signal(number)
@@ -26,7 +26,7 @@ def run(command: list[str], environment: dict[str, str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Asks Linux to end the child when this process is killed and can't pass the signal on."""
     if sys.platform == "linux":
         set_death_signal = 1  # sys/prctl.h

@@ -31,52 +31,100 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
+    from data.benchmarks import BENCHMARKS
+
     parser.epilog = (
         "examples:\n"
-        "  vlm eval runs/demo/model --task exact --data runs/demo/scenes/heldout.jsonl --out runs/eval\n"
-        "  vlm eval runs/demo/model --task exact --data runs/demo/scenes/heldout.jsonl --control blind --out runs/blind"
+        "  vlm eval runs/demo/model --task exact --data runs/demo/scenes/heldout.jsonl --controls --out runs/eval\n"
+        "  vlm eval llava-hf/llava-1.5-7b-hf --task vqav2 --data vqa --split val2014 --limit 5000 --out runs/vqa\n"
+        "  vlm eval demo --engine http://127.0.0.1:8000 --task pope --data coco_pope_random.json --out runs/pope\n"
+        "  vlm eval MODEL --task vqav2 --data vqa --shard 1/4 --out part1     (and 2/4 ... elsewhere, then)\n"
+        "  vlm eval merge part1 part2 part3 part4 --out runs/vqa\n\n"
+        "Stopped or killed, the same command goes on. Several GPUs: accelerate launch $(which vlm) eval"
     )
-    parser.add_argument("model", metavar="MODEL", help="a model folder or hub id")
-    parser.add_argument("--task", required=True, help="vqav2 or exact")
-    parser.add_argument("--data", type=Path, required=True, help="the benchmark's questions")
-    parser.add_argument("--images", type=Path, help="folder of the images (default: images beside the data)")
-    parser.add_argument("--out", type=Path, required=True, help="evaluation folder")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="+", help="a model folder or hub id, or the name at a URL; or: merge FOLDER ..."
+    )
+    parser.add_argument("--task", help=", ".join(BENCHMARKS))
+    parser.add_argument("--data", type=Path, help="the benchmark's files as published: a folder, or the questions file")
+    parser.add_argument("--images", type=Path, help="folder of the images (default: found beside the data)")
+    parser.add_argument("--split", metavar="NAME", help="where the folder has several, as in the files' names")
+    parser.add_argument("--out", type=Path, required=True, help="evaluation folder; one that is there is gone on with")
+    parser.add_argument("--engine", default="torch", metavar="ENGINE", help="torch, vllm or an URL (default: torch)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
     parser.add_argument(
         "--control", choices=("none", "blind", "shuffled"), default="none", help="withhold or exchange images"
     )
-    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the shuffled control")
-    parser.add_argument("--engine", choices=("torch",), default="torch")
+    parser.add_argument("--controls", action="store_true", help="both controls, too, side by side in the report")
+    parser.add_argument("--mode", choices=("official", "normalised"), default="official", help="of the score")
+    parser.add_argument("--shots", type=natural, default=0, metavar="N", help="demonstrations before each question")
+    parser.add_argument("--shots-data", type=Path, metavar="PATH", help="where they are drawn from: the train split")
+    parser.add_argument("--shots-images", type=Path, metavar="DIR", help="folder of their images")
+    parser.add_argument("--rank", action="store_true", help="take the likeliest of a question's choices (torch)")
+    parser.add_argument("--prompt", metavar="TEXT", help="with {question} in it (default: what LLaVA-1.5 was asked)")
+    parser.add_argument(
+        "--seed", type=natural, default=0, metavar="N", help="of demonstrations and the shuffled control"
+    )
+    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only part I of N")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N")
-    parser.add_argument("--max-tokens", type=positive, default=32, metavar="N")
-    parser.set_defaults(run=_evaluate)
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="questions at once (torch)")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer (default: as the task asks for)")
+    parser.add_argument("--concurrency", type=positive, default=32, metavar="N", help="requests at once (vllm, URL)")
+    parser.add_argument("--api-key", metavar="KEY", help="of a URL (default: $VLM_API_KEY or $OPENAI_API_KEY)")
+    parser.add_argument("--vllm-python", metavar="PATH", help="the interpreter that has vLLM (default: this one)")
+    parser.add_argument("--vllm-args", metavar="TEXT", default="", help="flags for vLLM's server, in one argument")
+    parser.set_defaults(run=_evaluate, usage_error=parser.error)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not slash or not part.isdecimal() or not parts.isdecimal() or not 1 <= int(part) <= int(parts):
+        raise argparse.ArgumentTypeError(f"I/N is needed with I from 1 to N, such as 2/4, got {text}")
+    return int(part), int(parts)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from train.evaluate import evaluate
+    import shlex
 
-    result = evaluate(
-        options.model,
-        options.task,
-        options.data,
-        options.images,
-        options.out,
+    from train.evaluation.run import merge
+    from train.evaluation.tasks import Means, Question
+    from train.evaluation.tell import run_evaluation, tell
+
+    if options.model[0] == "merge" and len(options.model) > 1:
+        return tell(merge([Path(name) for name in options.model[1:]], options.out), options.out)
+    if len(options.model) > 1 or options.task is None or options.data is None:
+        options.usage_error("one MODEL, --task and --data are needed; or merge, and the folders of shards")
+    question = Question(
+        model=options.model[0],
+        task=options.task,
+        data=options.data,
+        images=options.images,
+        split=options.split,
+        engine=options.engine,
         limit=options.limit,
         control=options.control,
         seed=options.seed,
-        device=options.device,
-        precision=options.precision,
-        batch_size=options.batch_size,
+        prompt=options.prompt,
         max_tokens=options.max_tokens,
+        mode=options.mode,
+        shots=options.shots,
+        shots_data=options.shots_data,
+        shots_images=options.shots_images,
+        rank=options.rank,
+        batch_size=options.batch_size,
+        precision=options.precision,
     )
-    for name, value in result.scores.metrics.items():
-        print(f"{name:32} {value:8.4f}")
-    if unscored := len(result.items) - result.scores.n:
-        print(f"{unscored} questions without references: answered, not scored")
-    print(f"n = {result.scores.n}, images: {result.control}, {result.seconds:.1f} s; {options.out / 'report.html'}")
-    return 0
+    means = Means(
+        device=options.device,
+        shard=options.shard[0],
+        shards=options.shard[1],
+        concurrency=options.concurrency,
+        api_key=options.api_key,
+        vllm_python=options.vllm_python,
+        vllm_args=tuple(shlex.split(options.vllm_args)),
+    )
+    return run_evaluation(question, means, options.out, options.controls)
 
 
 def report(parser: argparse.ArgumentParser) -> None:

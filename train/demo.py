@@ -20,8 +20,8 @@ from rich.text import Text
 from data.benchmarks import Item, find_benchmark
 from data.pictures import ImageRef, load_image
 from data.scenes.write import write_scenes
-from train.answer import Answerer
-from train.evaluate import ask
+from train.evaluation.local import LocalModel
+from train.evaluation.prompts import make_prompts
 from train.loop import run_training
 from train.pages import Sample, make_sample, write_run_page
 from train.recipe import Recipe, load_recipe
@@ -34,6 +34,7 @@ from vlm.settings import dump, find_config
 QUICK = {"train": 240, "heldout": 60, "unseen": 24, "lessons": 60, "text_rows": 240}
 QUICK_STEPS = 12
 SHOWN_SAMPLES = 48
+BATCH = 64  # questions asked at once
 
 
 class Demo:
@@ -129,12 +130,18 @@ class Demo:
         benchmark = find_benchmark("exact")
         heldout = benchmark.items(self.scenes / "heldout.jsonl", None)
         unseen = benchmark.items(self.scenes / "unseen.jsonl", None)
-        answerer = Answerer(*load(self.out / "model", pick_device("auto")), max_tokens=16)
-        answers = ask(answerer, benchmark, heldout, "none", self.seed)
-        scores = benchmark.score(heldout, answers)
+        model = LocalModel(*load(self.out / "model", pick_device("auto")), max_tokens=16)
+
+        def ask(items: list[Item], control: str) -> dict[str, str | None]:
+            prompts = make_prompts(benchmark, items, benchmark.prompt, control, self.seed)
+            batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
+            return {reply.id: reply.answer for replies in model.replies(batches) for reply in replies}
 
         def accuracy(items: list[Item], control: str) -> float:
-            return benchmark.score(items, ask(answerer, benchmark, items, control, self.seed)).metrics["accuracy"]
+            return benchmark.score(items, ask(items, control)).metrics["accuracy"]
+
+        answers = ask(heldout, "none")
+        scores = benchmark.score(heldout, answers)
 
         self.figures = {
             "fusion": self.fusion,
@@ -147,9 +154,9 @@ class Demo:
             "kinds": {name.partition("/")[2]: value for name, value in scores.metrics.items() if "/" in name},
         }
         self.samples = [
-            make_sample(item, answers[item.id], scores.per_item[item.id]) for item in heldout[:SHOWN_SAMPLES]
+            make_sample(item, answers[item.id] or "", scores.per_item[item.id]) for item in heldout[:SHOWN_SAMPLES]
         ]
-        self.example = (heldout[0], answers[heldout[0].id])
+        self.example = (heldout[0], answers[heldout[0].id] or "")
 
     def conclude(self) -> None:
         """summary.json, report.html, the table, one answered question with its picture, and how to serve."""

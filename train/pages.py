@@ -1,11 +1,11 @@
-"""Pages for people: a run's curves, an evaluation's questions and answers. One HTML file each, nothing to download."""
+"""A run's page for people: curves, figures, some questions and answers. One HTML file, nothing to download."""
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
@@ -13,11 +13,7 @@ from data.benchmarks import Item
 from data.pictures import ImageRef, load_image
 from train.runs import Run
 
-if TYPE_CHECKING:
-    from train.evaluate import Evaluation
-
 THUMBNAIL = 160  # pixels
-MOST_CARDS = 200
 _templates = jinja2.Environment(loader=jinja2.PackageLoader("train"), autoescape=True, undefined=jinja2.StrictUndefined)
 
 
@@ -46,22 +42,6 @@ def make_sample(item: Item, answer: str, score: float) -> Sample:
 
 def _kind(item: Item) -> str | None:
     return item.groups[0].partition("/")[2] if item.groups else None
-
-
-def write_evaluation_page(evaluation: "Evaluation", settings: Mapping[str, Any], path: Path) -> None:
-    """report.html of an evaluation folder: scores, settings, a grid of questions, wrong answers first."""
-    scores = evaluation.scores
-    order = sorted(evaluation.items, key=lambda item: scores.per_item.get(item.id, 0.0))[:MOST_CARDS]
-    page = _templates.get_template("evaluation.html").render(
-        title=f"{scores.task}: {Path(str(settings['model'])).name or settings['model']}",
-        scores=scores,
-        control=evaluation.control,
-        seconds=evaluation.seconds,
-        settings=settings,
-        kinds=sorted({kind for item in evaluation.items if (kind := _kind(item))}),
-        samples=[make_sample(item, evaluation.answers[item.id], scores.per_item.get(item.id, 0.0)) for item in order],
-    )
-    path.write_text(page, encoding="utf-8")
 
 
 def write_run_page(

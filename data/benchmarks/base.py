@@ -37,6 +37,7 @@ class Benchmark(ABC):
     max_tokens: ClassVar[int] = 32
     modes: ClassVar[tuple[str, ...]] = ("official",)
     submission_name: ClassVar[str] = "predictions.json"
+    running: ClassVar[str] = "accuracy"  # the metric to be shown while answers come in; "": none can be
     id_keys: ClassVar[tuple[str, ...]] = ("question_id",)
     text_keys: ClassVar[tuple[str, ...]] = ("answer",)
     prompt_notes: ClassVar[Mapping[str, Any]] = {}  # among the notes of a score of answers to `prompt`
@@ -62,6 +63,14 @@ class Benchmark(ABC):
         """The text of a file in the benchmark's own submission format."""
         rows = [{self.id_keys[0]: as_number(i), self.text_keys[0]: answer} for i, answer in answers.items()]
         return json.dumps(rows, ensure_ascii=False)
+
+    def demonstrated(self, item: Item) -> str:
+        """The answer that a demonstration of few-shot prompts gives: what most people said."""
+        return max(item.references, key=item.references.count)
+
+    def choices(self, item: Item) -> tuple[str, ...]:
+        """The answers among which the likeliest may be taken, for tasks that give some."""
+        return ()
 
     def check_mode(self, mode: str) -> None:
         if mode not in self.modes:

@@ -33,7 +33,7 @@ class Captions(Benchmark):
     task = "coco-caption"
     prompt = "Provide a one-sentence caption for the provided image."
     max_tokens = 64
-    submission_name = "captions_results.json"
+    running = ""
     id_keys = ("image_id",)
     text_keys = ("caption",)
 

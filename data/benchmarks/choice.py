@@ -35,7 +35,6 @@ class ScienceQA(Benchmark):
     task = "scienceqa"
     prompt = "{question}\nAnswer with the option's letter from the given choices directly."
     max_tokens = 16
-    submission_name = "outputs.json"
     text_keys = ("answer", "text", "prediction")
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
@@ -49,7 +48,7 @@ class ScienceQA(Benchmark):
             if row.split is not None and row.split != wanted:
                 return None
             image = pictures.by_name(f"{key}/{row.image}", [wanted]) if row.image else None
-            return _item(key, row, image)
+            return make_item(key, row, image)
 
         items = [item for item in read_object(path, Problem, ask) if item is not None]
         if not items:
@@ -58,7 +57,7 @@ class ScienceQA(Benchmark):
         return items
 
     def references(self, path: Path) -> list[Item]:
-        return read_object(path, Problem, lambda key, row: _item(key, row, None))
+        return read_object(path, Problem, lambda key, row: make_item(key, row, None))
 
     def of_interest(self, items: list[Item], given: Predictions, references: Path) -> list[Item]:
         """All splits are in one file; those that no prediction is of aren't asked for."""
@@ -84,6 +83,9 @@ class ScienceQA(Benchmark):
 
     def submission(self, answers: Mapping[str, str]) -> str:
         return json.dumps({"outputs": dict(answers)}, ensure_ascii=False)
+
+    def choices(self, item: Item) -> tuple[str, ...]:
+        return tuple(ascii_uppercase[: len(item.details)])
 
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         read = [read_letter(answers[item.id] or "", item.details) for item in items]
@@ -119,7 +121,7 @@ class Problem(msgspec.Struct):
             raise ValueError(f"answer {self.answer} of {len(self.choices)} choices")
 
 
-def _item(key: str, row: Problem, image: Any) -> Item:
+def make_item(key: str, row: Problem, image: Any) -> Item:
     letters = ascii_uppercase[: len(row.choices)]
     options = (f"{letter}. {choice}" for letter, choice in zip(letters, row.choices, strict=True))
     question = "\n".join([*([f"Context: {row.hint}"] if row.hint else []), row.question, *options])

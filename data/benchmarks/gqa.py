@@ -39,7 +39,6 @@ class GQA(Benchmark):
     task = "gqa"
     prompt = SHORT_ANSWER
     max_tokens = 16
-    submission_name = "testdev_predictions.json"
     id_keys = ("questionId", "question_id")
     text_keys = ("prediction", "answer", "text")
 

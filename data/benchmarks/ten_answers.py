@@ -77,7 +77,6 @@ class VizWiz(VQA):
         "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
         "Answer the question using a single word or phrase."
     )
-    submission_name = "results.json"
     id_keys = ("image", "question_id")
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:

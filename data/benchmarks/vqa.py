@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,7 +29,6 @@ class VQA(Benchmark):
     prompt = SHORT_ANSWER
     modes = ("official", "normalised")
     max_tokens = 16
-    submission_name = "vqa_OpenEnded_results.json"
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
         files = Files(data, split, "https://visualqa.org/download.html")
@@ -101,10 +101,14 @@ def said(answers: msgspec.Raw) -> tuple[tuple[str, ...], tuple[str, ...] | None]
         raise ValueError("no answers")
     texts = tuple([_intern(row.answer) for row in rows])
     ids = {row.answer_id for row in rows}
-    if len(ids) == len(rows) and None not in ids:
-        return texts, None
-    rest = [{key: value for key, value in row.items() if key != "answer"} for row in msgspec.json.decode(answers)]
-    return texts, tuple(json.dumps(one, sort_keys=True) for one in rest)
+    return texts, None if len(ids) == len(rows) and None not in ids else objects(msgspec.json.decode(answers))
+
+
+def objects(answers: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
+    """What each answer's object holds beside the answer, as text; None where all of them differ by it."""
+    rest = ({key: value for key, value in answer.items() if key != "answer"} for answer in answers)
+    texts = tuple(json.dumps(one, sort_keys=True) for one in rest)
+    return texts if len(set(texts)) < len(texts) else None
 
 
 def official(answer: str, item: Item) -> float:

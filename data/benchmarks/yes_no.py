@@ -24,7 +24,7 @@ class POPE(Benchmark):
     task = "pope"
     prompt = SHORT_ANSWER
     max_tokens = 16
-    submission_name = "answers.jsonl"
+    submission_name = "predictions.jsonl"
     text_keys = ("answer", "text")
     ordered = True
 
@@ -46,6 +46,9 @@ class POPE(Benchmark):
     def submission(self, answers: Mapping[str, str]) -> str:
         rows = ({"question_id": as_number(i), "answer": text} for i, text in answers.items())
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def choices(self, item: Item) -> tuple[str, ...]:
+        return ("Yes", "No")
 
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         truth = np.array([item.references[0] != "no" for item in items])

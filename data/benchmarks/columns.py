@@ -1,0 +1,108 @@
+"""Benchmarks from data sets of `datasets`: Parquet files, saved folders, ids of its hub, by the columns they have."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data.benchmarks.base import Benchmark, Item
+from data.benchmarks.choice import Problem, make_item
+from data.benchmarks.vqa import objects
+from data.columns import HUB, Columns
+from data.pictures import ImageRef, ImageRow
+from data.sources import open_source
+from vlm.errors import UserError
+
+Row = dict[str, Any]
+
+
+def load_items(benchmark: Benchmark, data: Path, images: Path | None, split: str | None) -> list[Item]:
+    """The questions of official files, or of a data set with the columns that its publishers gave it on the hub."""
+    if _is_columns(data):
+        return _column_items(benchmark.task, data, split)
+    return benchmark.items(data, images, split)
+
+
+def _is_columns(data: Path) -> bool:
+    """Not a folder or a file of the official kind."""
+    name = str(data)
+    if name.startswith(HUB) or (not data.exists() and name.count("/") == 1 and not data.suffix):
+        return True
+    if data.is_dir():
+        return any((data / file).is_file() for file in ("state.json", "dataset_dict.json")) or any(
+            True for folder in (data, data / "data") for _ in folder.glob("*.parquet")
+        )
+    return data.suffix == ".parquet" or "@" in data.name
+
+
+def _column_items(task: str, data: Path, split: str | None) -> list[Item]:
+    """The questions of a data set; UserError for columns that are missing, and for rows that can't be read."""
+    source = open_source(f"{data}@{split}" if split else str(data))
+    if not isinstance(source, Columns):
+        raise UserError(f"{data}: not a data set of columns")
+    make = _READERS[task]
+    items = []
+    for index, (row, has_image) in enumerate(source.without_images()):
+        told = {key: value for key, value in row.items() if value is not None}
+        try:
+            items.append(make(told, index, ImageRow(source, index) if has_image else None))
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"needs a column {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{source.where(index)}: {why}, to be a question of {task}") from None
+    return items
+
+
+def _vqa(row: Row, index: int, image: ImageRef | None) -> Item:
+    answers = row.get("answers", [])
+    texts = tuple(one["answer"] if isinstance(one, dict) else one for one in answers)
+    kinds = (("accuracy", "answer_type"), ("accuracy", "category"), ("question_type", "question_type"))
+    groups = tuple(f"{name}/{row[key]}" for name, key in kinds if key in row)
+    told_apart = objects(answers) if answers and isinstance(answers[0], dict) else None
+    return Item(_id(row, index, "question_id"), row["question"], texts, image, groups, told_apart)
+
+
+def _text_vqa(row: Row, index: int, image: ImageRef | None) -> Item:
+    return Item(_id(row, index, "question_id"), row["question"], tuple(row.get("answers", ())), image)
+
+
+def _pope(row: Row, index: int, image: ImageRef | None) -> Item:
+    label = str(row.get("label", row.get("answer"))).lower()
+    if label not in ("yes", "no"):
+        raise ValueError(f"the label {label!r} is neither yes nor no")
+    # question ids begin anew in each of its three parts
+    return Item(_id(row, index, "id"), row.get("text") or row["question"], (label,), image)
+
+
+def _gqa(row: Row, index: int, image: ImageRef | None) -> Item:
+    return Item(_id(row, index, "id", "question_id"), row["question"], (row["answer"],), image)
+
+
+def _science_qa(row: Row, index: int, image: ImageRef | None) -> Item:
+    fields = {name: row[name] for name in ("question", "choices", "answer", "hint", "subject", "grade") if name in row}
+    return make_item(_id(row, index, "id"), Problem(**fields, image="" if image is None else str(image)), image)
+
+
+def _captions(row: Row, index: int, image: ImageRef | None) -> Item:
+    captions: Any = row.get("captions", row.get("answer", row.get("sentences", row.get("caption", ()))))
+    texts: list[str] = [captions] if isinstance(captions, str) else list(captions)
+    return Item(_id(row, index, "image_id", "question_id", "id"), "", tuple(texts), image)
+
+
+def _exact(row: Row, index: int, image: ImageRef | None) -> Item:
+    groups = (f"accuracy/{row['kind']}",) if "kind" in row else ()
+    return Item(_id(row, index, "id", "question_id"), row["question"], (row["answer"],), image, groups)
+
+
+def _id(row: Row, index: int, *names: str) -> str:
+    return str(next((row[name] for name in names if name in row), index))
+
+
+_READERS: dict[str, Callable[[Row, int, ImageRef | None], Item]] = {
+    "vqav2": _vqa,
+    "vizwiz": _vqa,
+    "textvqa": _text_vqa,
+    "pope": _pope,
+    "gqa": _gqa,
+    "scienceqa": _science_qa,
+    "coco-caption": _captions,
+    "exact": _exact,
+}

@@ -1,0 +1,133 @@
+"""What a model is asked: a benchmark's questions in its fixed words, demonstrations before them, controls."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.benchmarks import Benchmark, Item
+from data.pictures import ImageRef
+from vlm.errors import UserError
+
+CONTROLS = ("none", "blind", "shuffled")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A user's text with an image before it or none; `answer`: what a demonstration answers, "" for the question."""
+
+    text: str
+    image: ImageRef | None = None
+    answer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question, demonstrations first; choices: the answers that may be ranked by their likelihood."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    choices: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> list[ImageRef]:
+        return [turn.image for turn in self.turns if turn.image is not None]
+
+    @property
+    def size(self) -> int:
+        """About how long it is, known without a tokenizer: batches are made of prompts of like length."""
+        return sum(len(turn.text) + len(turn.answer) for turn in self.turns)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """As the chat template takes them; images are parts without a name."""
+        found = []
+        for turn in self.turns:
+            parts: list[dict[str, Any]] = [{"type": "image"}] if turn.image is not None else []
+            found.append({"role": "user", "content": [*parts, {"type": "text", "text": turn.text}]})
+            if turn.answer:
+                found.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What became of a prompt: its answer, or why it has none."""
+
+    id: str
+    answer: str | None
+    error: str | None = None
+
+    @classmethod
+    def failed(cls, prompt: Prompt, why: object) -> "Reply":
+        return cls(prompt.id, None, str(why))
+
+    def as_json(self) -> Mapping[str, str | None]:
+        return {"id": self.id, **({"answer": self.answer} if self.error is None else {"error": self.error})}
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Demonstrations for few-shot prompts: `count` of `pool` before each question, drawn by `seed`."""
+
+    count: int
+    pool: Sequence[Item]
+    seed: int
+
+    def draw(self, index: int, item: Item) -> list[Item]:
+        """Of other images than the question's; the same ones whatever else is asked."""
+        rng = np.random.default_rng((self.seed, index))
+        drawn: list[Item] = []
+        for place in rng.permutation(len(self.pool))[: 2 * self.count + 10]:
+            one = self.pool[place]
+            if len(drawn) < self.count and (one.image is None or one.image != item.image):
+                drawn.append(one)
+        if len(drawn) < self.count:
+            raise UserError(f"--shots {self.count}: the demonstrations have only {len(self.pool)} rows with answers")
+        return drawn
+
+
+def make_prompts(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    template: str,
+    control: str = "none",
+    seed: int = 0,
+    shots: Shots | None = None,
+) -> list[Prompt]:
+    """blind withholds all images, shuffled shows each question another question's."""
+    images = controlled_images(items, control, seed)
+    prompts = []
+    for index, (item, image) in enumerate(zip(items, images, strict=True)):
+        turns = [
+            Turn(ask(template, one), None if control == "blind" else one.image, benchmark.demonstrated(one))
+            for one in (shots.draw(index, item) if shots else [])
+        ]
+        prompts.append(Prompt(item.id, (*turns, Turn(ask(template, item), image)), benchmark.choices(item)))
+    return prompts
+
+
+def ask(template: str, item: Item) -> str:
+    # not str.format: a question may have braces, and so may a template of one's own
+    return template.replace("{question}", item.question)
+
+
+def controlled_images(items: Sequence[Item], control: str, seed: int) -> list[ImageRef | None]:
+    """The image that each item is asked about. shuffled: a permutation that leaves no item its own picture."""
+    images = [item.image for item in items]
+    if control == "none":
+        return images
+    if control == "blind":
+        return [None] * len(images)
+    if len(set(images)) < 2:
+        raise UserError("--control shuffled needs at least two different images")
+    rng = np.random.default_rng(seed)
+    shuffled = [images[i] for i in rng.permutation(len(images))]
+    for i, image in enumerate(images):
+        if shuffled[i] == image:
+            others = [j for j in range(len(images)) if images[j] != image and shuffled[j] != image]
+            if not others:
+                raise UserError("--control shuffled: one image belongs to more than half of the items")
+            j = others[int(rng.integers(len(others)))]
+            shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
+    return shuffled

@@ -1,0 +1,212 @@
+"""Answers of a server that speaks OpenAI's chat completions: any URL, or vLLM started for the purpose."""
+
+import base64
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from data.pictures import ImageRef, image_size
+from serve.child import end_with_parent
+from train.evaluation.prompts import Prompt, Reply
+from vlm.errors import UserError, first_line
+from vlm.hub import fetch
+
+TRIES = 6
+TIMEOUT = 600.0  # seconds for one answer
+READY_WITHIN = 1800.0  # seconds that a server may take to load its model
+_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+_OURS = (400, 413, 415, 422)  # of one question's; others are everyone's
+_TYPES = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+
+
+class RemoteModel:
+    """Asks a server, `concurrency` questions at a time. Each question stands alone, so they may come in any order."""
+
+    keeps_batches = False
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        max_tokens: int,
+        concurrency: int,
+        api_key: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """url: with or without /v1; model: one that it serves, by default its only one; extra: of every request."""
+        import httpx
+
+        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        self.client = httpx.Client(headers=headers, timeout=httpx.Timeout(TIMEOUT, connect=30.0), limits=limits)
+        self.concurrency, self.stopping = concurrency, Event()
+        self.name = self._find(model)
+        self.settings = {"temperature": 0, "max_tokens": max_tokens, **(extra or {})}
+
+    def _find(self, model: str | None) -> str:
+        served = [row["id"] for row in self._request("GET", "/models")["data"]]
+        if model in served:
+            return str(model)
+        if len(served) == 1:
+            return str(served[0])
+        raise UserError(f"{self.url}: serves {', '.join(served)}, and no {model}; name one of them as MODEL")
+
+    def replies(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[list[Reply]]:
+        """Answers as they come."""
+        running: set[Future[Reply]] = set()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                self.stopping.clear()
+                for prompt in (prompt for batch in batches for prompt in batch):
+                    running.add(pool.submit(self._reply, prompt))
+                    if len(running) >= 2 * self.concurrency:
+                        done, running = wait(running, return_when=FIRST_COMPLETED)
+                        yield [one.result() for one in done]
+                while running:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield [one.result() for one in done]
+            except BaseException:  # nobody waits for what is under way
+                self.stopping.set()
+                self.client.close()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _reply(self, prompt: Prompt) -> Reply:
+        try:
+            messages = self._messages(prompt)
+        except UserError as error:
+            return Reply.failed(prompt, error)
+        body = {"model": self.name, "messages": messages, **self.settings}
+        try:
+            told = self._request("POST", "/chat/completions", body)
+        except RefusedError as error:
+            return Reply.failed(prompt, error)
+        text = told["choices"][0]["message"]["content"]
+        return Reply(prompt.id, (text or "").encode(errors="replace").decode().strip())
+
+    def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
+        messages = prompt.messages()
+        images = iter(prompt.images)
+        for message in messages:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["type"], part["image_url"] = "image_url", {"url": data_url(next(images))}
+        return messages
+
+    def _request(self, method: str, path: str, body: Any = None) -> Any:
+        """RefusedError for what is wrong with this request alone, UserError for what would fail all others, too."""
+        import httpx
+
+        for attempt in range(1, TRIES + 1):
+            if self.stopping.is_set():
+                raise UserError("stopped")
+            asked_for = None
+            try:
+                response = self.client.request(method, self.url + path, json=body)
+            except httpx.HTTPError as error:
+                why = f"{type(error).__name__}: {first_line(error)}"
+            else:
+                if response.is_success:
+                    return self._read(response)
+                why = f"{response.status_code}: {_message(response)}"
+                if response.status_code in _OURS:
+                    raise RefusedError(why)
+                if response.status_code not in _AGAIN:
+                    raise UserError(f"{self.url}{path}: {why}")
+                asked_for = response.headers.get("retry-after")
+            if attempt < TRIES:
+                self.stopping.wait(pause(attempt, asked_for))
+        raise UserError(f"{self.url}{path}: {why} ({TRIES} tries); what is answered already is kept")
+
+    def _read(self, response: Any) -> Any:
+        try:
+            return response.json()
+        except ValueError:
+            raise UserError(f"{self.url}: answers with something else than JSON; is it an OpenAI API?") from None
+
+
+def pause(attempt: int, asked_for: str | None) -> float:
+    """Seconds before the next try: what the server asks for, or longer each time and never the same for all."""
+    if asked_for is not None and asked_for.isdecimal():
+        return min(float(asked_for), 120.0)
+    return min(30.0, 0.5 * 2.0**attempt) * (0.5 + random.random())
+
+
+class RefusedError(Exception):
+    """The server won't answer this request."""
+
+
+def data_url(image: ImageRef) -> str:
+    """The image's own bytes, so that the server decodes what we would; UserError if they are no image."""
+    image_size(image)
+    data = image.read_bytes() if isinstance(image, Path) else image.read()
+    kind = next((kind for begin, kind in _TYPES.items() if data.startswith(begin)), "jpeg")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _message(response: Any) -> str:
+    try:
+        error = response.json()["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return " ".join(response.text.split())[:200] or "no reason given"
+
+
+@contextmanager
+def launched_vllm(model: str, python: str | None, dtype: str, flags: Sequence[str], log: Path) -> Iterator[str]:
+    """The URL of a vLLM server that is started for as long as it's needed; what it says goes to `log`."""
+    command = [sys.executable, "-P", "-m", "vlm.cli", "serve", str(fetch(model)), "--engine", "vllm", "--port", "0"]
+    command += ["--name", "evaluated", "--dtype", dtype, *(["--vllm-python", python] if python else [])]
+    environment = {name: value for name, value in os.environ.items() if name != "VLM_API_KEY"}
+    with log.open("wb") as told:
+        server = subprocess.Popen(
+            [*command, "--", *flags],
+            stdout=told,
+            stderr=told,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+        try:
+            yield _wait_until_ready(server, log)
+        finally:
+            server.terminate()
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _wait_until_ready(server: "subprocess.Popen[bytes]", log: Path) -> str:
+    import httpx
+
+    until = time.monotonic() + READY_WITHIN
+    while time.monotonic() < until:
+        told = log.read_text(encoding="utf-8", errors="replace")
+        if server.poll() is not None:
+            lines = told.strip().splitlines() or ["it said nothing"]
+            ours = [line for line in lines if line.startswith("vlm serve: ")]
+            raise UserError(f"vLLM didn't start: {(ours or lines)[-1].removeprefix('vlm serve: ')} (all of it: {log})")
+        if found := re.search(r"will be served at (http://\S+:\d+)", told):
+            try:
+                if httpx.get(f"{found[1]}/health", timeout=5).is_success:
+                    return found[1]
+            except httpx.TransportError:
+                pass  # not yet
+        time.sleep(0.5)
+    raise UserError(f"vLLM was not ready after {READY_WITHIN / 60:.0f} minutes (what it said: {log})")
+
+
+def default_key(api_key: str | None) -> str | None:
+    return api_key or os.environ.get("VLM_API_KEY") or os.environ.get("OPENAI_API_KEY")

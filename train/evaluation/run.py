@@ -1,0 +1,177 @@
+"""`vlm eval`: asks a model all questions of a benchmark, goes on where it was stopped, and scores what it said."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.benchmarks import Benchmark, Item
+from data.benchmarks.predictions import listed
+from data.progress import progress
+from train.evaluation.journal import SCORES, Journal, read_replies, read_settings
+from train.evaluation.outputs import Evaluation, write_outputs
+from train.evaluation.prompts import CONTROLS, Prompt, Reply
+from train.evaluation.tasks import Means, Question, Task, make_tasks
+from vlm.errors import UserError
+from vlm.settings import parse
+
+Batches = Sequence[Sequence[Prompt]]
+
+
+class Answerer(Protocol):
+    """Whatever answers prompts. keeps_batches: an answer may depend on its batch, so batches aren't split."""
+
+    keeps_batches: bool
+
+    def replies(self, batches: Batches) -> Iterator[list[Reply]]: ...
+
+
+def evaluate(question: Question, means: Means, out: Path, controls: bool = False) -> list[Evaluation]:
+    """Leaves an evaluation folder in `out`, with `controls` those of both controls in it, and goes on with what is
+    there. Evaluations, the one that was asked for first; none of one shard of many."""
+    tasks = make_tasks(question, out, controls)
+    for task in tasks:
+        Journal(task.folder).claim(task.settings)
+    began = time.perf_counter()
+    asked = answer(tasks, means)
+    if means.shards > 1:
+        return []
+    return conclude(tasks, [out], time.perf_counter() - began, asked)
+
+
+def answer(tasks: Sequence[Task], means: Means) -> int:
+    """Asks what isn't answered yet, of this shard; the model is loaded when there is anything. How many were asked."""
+    asked = 0
+    with ExitStack() as stack:
+        answerer: Answerer | None = None
+        for task in tasks:
+            batches = task.batches(means)
+            journal = Journal(task.folder, means.shard, means.shards)
+            known = journal.read()
+            if all(prompt.id in known for batch in batches for prompt in batch):
+                continue
+            if answerer is None:
+                answerer = stack.enter_context(opened(task, means))
+            asked += ask(task, batches, journal, known, answerer)
+    return asked
+
+
+def ask(
+    task: Task, batches: Sequence[list[Prompt]], journal: Journal, known: dict[str, Reply], answerer: Answerer
+) -> int:
+    """Asks what isn't `known` yet, and writes each reply down. How many were asked."""
+    if answerer.keeps_batches:
+        todo = [batch for batch in batches if any(prompt.id not in known for prompt in batch)]
+        again = {prompt.id for batch in todo for prompt in batch}
+        known = {name: reply for name, reply in known.items() if name not in again}
+    else:
+        todo = [[prompt for prompt in batch if prompt.id not in known] for batch in batches]
+    journal.keep(known.values())
+    running = Running(task.benchmark, task.items, task.question.mode)
+    running.add(list(known.values()))
+    total = sum(map(len, batches))
+    done, asked = len(known), 0
+    what = task.question.task + ("" if task.question.control == "none" else f" ({task.question.control})")
+    try:
+        with progress(what, total) as tell:
+            for replies in answerer.replies([batch for batch in todo if batch]):
+                journal.append(replies)
+                running.add(replies)
+                done, asked = done + len(replies), asked + len(replies)
+                tell(done, running.shown())
+    finally:
+        journal.close()
+    return asked
+
+
+class Running:
+    """The score of what is answered so far, where it is a mean over items."""
+
+    def __init__(self, benchmark: Benchmark, items: Sequence[Item], mode: str) -> None:
+        self.benchmark, self.mode = benchmark, mode
+        self.items = {item.id: item for item in items if item.references}
+        self.measure: Any = None
+        self.sums: Any = 0
+        self.failed = 0
+
+    def add(self, replies: Sequence[Reply]) -> None:
+        self.failed += sum(reply.error is not None for reply in replies)
+        items = [self.items[reply.id] for reply in replies if reply.id in self.items]
+        if items and self.benchmark.running:
+            scores = self.benchmark.score(items, {reply.id: reply.answer for reply in replies}, self.mode)
+            self.measure = scores.measures[self.benchmark.running]
+            self.sums = self.sums + self.measure.statistics.sum(0)
+
+    def shown(self) -> str:
+        score = f"{self.benchmark.running} {self.measure.value(self.sums):.4g}" if self.measure is not None else ""
+        return f"{score}{f', {self.failed} failed' if self.failed else ''}"
+
+
+@contextmanager
+def opened(task: Task, means: Means) -> Iterator[Answerer]:
+    """The model, in this process or behind a URL; what was started for it is ended."""
+    question, max_tokens = task.question, int(task.settings["max_tokens"])
+    if question.engine == "torch":
+        from train.evaluation.local import LocalModel
+        from vlm.checkpoint import load
+        from vlm.device import pick_device, pick_dtype
+
+        where = pick_device(means.device)
+        model, processor = load(question.model, where, pick_dtype(question.precision, where))
+        yield LocalModel(model, processor, max_tokens, question.rank)
+        return
+    from train.evaluation.remote import RemoteModel, default_key, launched_vllm
+
+    if question.engine == "vllm":
+        log = task.folder / "vllm.log"
+        with launched_vllm(question.model, means.vllm_python, question.precision, means.vllm_args, log) as url:
+            # vLLM takes what generation_config.json says for a request's default
+            yield RemoteModel(url, None, max_tokens, means.concurrency, extra={"repetition_penalty": 1.0})
+    else:
+        key = default_key(means.api_key)
+        yield RemoteModel(question.engine, question.model, max_tokens, means.concurrency, key)
+
+
+def conclude(tasks: Sequence[Task], sources: Sequence[Path], seconds: float, asked: int) -> list[Evaluation]:
+    """Scores everything and writes what people read. sources: folders whose replies are all of the first task's; its
+    controls' are in folders of their names in these."""
+    evaluations = []
+    for task in tasks:
+        replies = gather(task, sources if task is tasks[0] else [source / task.question.control for source in sources])
+        evaluations.append(Evaluation(task.benchmark, task.items, replies, task.settings, seconds, asked))
+    for task, evaluation in zip(tasks, evaluations, strict=True):
+        if asked or not (task.folder / SCORES).is_file():
+            write_outputs(evaluation, task.folder, evaluations[1:] if task is tasks[0] else [])
+    return evaluations
+
+
+def gather(task: Task, sources: Sequence[Path]) -> dict[str, Reply]:
+    """The replies of all shards, in the order of the questions. UserError when some are missing."""
+    found: dict[str, Reply] = {}
+    for source in sources:
+        for path in sorted(source.glob("answers*.jsonl")):
+            found.update({reply.id: reply for reply in read_replies(path)})
+    if missing := [prompt.id for prompt in task.prompts if prompt.id not in found]:
+        raise UserError(
+            f"{', '.join(map(str, sources))}: {len(missing)} of {len(task.prompts)} questions have no answer yet "
+            f"({listed(missing)}); run the shards that are missing"
+        )
+    return {prompt.id: found[prompt.id] for prompt in task.prompts}
+
+
+def merge(sources: Sequence[Path], out: Path) -> list[Evaluation]:
+    """One evaluation folder of those that shards have left, on whatever machines."""
+    held = [read_settings(source) for source in sources]
+    for source, settings in zip(sources, held, strict=True):
+        if settings is None:
+            raise UserError(f"{source}: no evaluation folder")
+        if differing := [name for name in settings if settings[name] != (held[0] or {}).get(name)]:
+            raise UserError(f"{source} and {sources[0]}: evaluations with another {differing[0].replace('_', ' ')}")
+    question = parse(Question, {name: (held[0] or {})[name] for name in Question.__dataclass_fields__}, str(sources[0]))
+    tasks = make_tasks(question, out, all((sources[0] / name).is_dir() for name in CONTROLS[1:]))
+    for task in tasks:
+        if task.question == question and (held[0] or {})["questions_sha256"] != task.settings["questions_sha256"]:
+            raise UserError(f"{question.data}: the questions are others than those of {sources[0]}")
+        Journal(task.folder).claim(task.settings)
+    return conclude(tasks, list(sources), 0.0, 0)

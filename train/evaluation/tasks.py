@@ -1,0 +1,134 @@
+"""What an evaluation asks: settings, questions and prompts, in an order that any number of processes shares."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.benchmarks import Benchmark, Item, find_benchmark
+from data.benchmarks.columns import load_items
+from data.benchmarks.predictions import unique
+from train.evaluation.journal import digest, model_hash
+from train.evaluation.prompts import CONTROLS, Prompt, Shots, make_prompts
+from vlm.errors import UserError
+from vlm.hub import fetch
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of which model: with the same settings an evaluation goes on where it was stopped.
+
+    engine: torch, vllm, or the URL of an OpenAI API; prompt and max_tokens: by default the benchmark's own; shots:
+    how many demonstrations stand before each question, drawn from shots_data; rank: choices by their likelihood.
+    """
+
+    model: str
+    task: str
+    data: Path
+    images: Path | None = None
+    split: str | None = None
+    engine: str = "torch"
+    limit: int | None = None
+    control: str = "none"
+    seed: int = 0
+    prompt: str | None = None
+    max_tokens: int | None = None
+    mode: str = "official"
+    shots: int = 0
+    shots_data: Path | None = None
+    shots_images: Path | None = None
+    rank: bool = False
+    batch_size: int = 64
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("torch", "vllm") and not self.engine.startswith(("http://", "https://")):
+            raise UserError(
+                f"--engine {self.engine}: torch, vllm, or the URL of an OpenAI API, such as http://host:8000"
+            )
+        if self.prompt is not None and "{question}" not in self.prompt and self.task != "coco-caption":
+            raise UserError(f"--prompt {self.prompt!r}: has no {{question}} in it, where the question goes")
+        if self.rank and self.engine != "torch":
+            raise UserError("--rank needs the probabilities of whole answers, which only --engine torch gives here")
+        if self.shots and self.shots_data is None:
+            raise UserError(
+                "--shots takes demonstrations from --shots-data: the train split's files, in the same format"
+            )
+
+
+@dataclass(frozen=True)
+class Means:
+    """How it is done; nothing of it changes an answer. shard: which of `shards` parts is done here, from 1."""
+
+    device: str = "auto"
+    shard: int = 1
+    shards: int = 1
+    concurrency: int = 32
+    api_key: str | None = None
+    vllm_python: str | None = None
+    vllm_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question with everything that is asked for it, and the folder where its answers go."""
+
+    question: Question
+    benchmark: Benchmark
+    items: list[Item]
+    prompts: list[Prompt]
+    settings: dict[str, Any]
+    folder: Path
+
+    def batches(self, means: Means) -> list[list[Prompt]]:
+        """Of prompts of like length, the longest first; the same ones however many shards there are."""
+        order = sorted(range(len(self.prompts)), key=lambda index: (-self.prompts[index].size, index))
+        size = self.question.batch_size
+        chunks = [
+            [self.prompts[index] for index in order[start : start + size]] for start in range(0, len(order), size)
+        ]
+        return chunks[means.shard - 1 :: means.shards]
+
+
+def make_tasks(question: Question, out: Path, controls: bool) -> list[Task]:
+    if controls and question.control != "none":
+        raise UserError("--controls runs both controls beside the evaluation; leave --control out")
+    benchmark = find_benchmark(question.task)
+    benchmark.check_mode(question.mode)
+    items = load_items(benchmark, question.data, question.images, question.split)
+    unique([item.id for item in items], question.data)
+    items = items[: question.limit]
+    if not items:
+        raise UserError(f"{question.data}: no questions in it")
+    if question.rank and not all(benchmark.choices(item) for item in items):
+        raise UserError(f"--rank: the questions of {question.task} have no choices to rank")
+    names = [question.control, *(CONTROLS[1:] if controls else ())]
+    sha256 = None if question.engine.startswith("http") else model_hash(fetch(question.model))
+    tasks = []
+    for name in names:
+        one = replace(question, control=name)
+        prompts = _prompts(one, benchmark, items)
+        settings = _settings(one, benchmark, prompts) | {"model_sha256": sha256}
+        tasks.append(
+            Task(one, benchmark, items, prompts, settings, out if one.control == question.control else out / name)
+        )
+    return tasks
+
+
+def _prompts(question: Question, benchmark: Benchmark, items: Sequence[Item]) -> list[Prompt]:
+    shots = None
+    if question.shots:
+        assert question.shots_data is not None
+        pool = load_items(benchmark, question.shots_data, question.shots_images, None)
+        shots = Shots(question.shots, [item for item in pool if item.references], question.seed)
+    template = question.prompt or benchmark.prompt
+    return make_prompts(benchmark, items, template, question.control, question.seed, shots)
+
+
+def _settings(question: Question, benchmark: Benchmark, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What two runs must have in common for their answers to be one evaluation's."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(question).items()}
+    settings["prompt"] = question.prompt or benchmark.prompt
+    settings["max_tokens"] = question.max_tokens or benchmark.max_tokens
+    settings["questions_sha256"] = digest(prompts)
+    return settings
