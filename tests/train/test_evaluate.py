@@ -198,6 +198,25 @@ def test_another_evaluation_needs_another_folder(
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
 
 
+def test_two_at_once_in_one_folder_are_one_too_many(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, told = LocalModel._generate, list[int]()
+
+    def meanwhile(self: LocalModel, batch: Any) -> list[str]:
+        if not told:
+            told.append(0)
+            told[0] = ask(model, data, tmp_path / "out")
+        return real(self, batch)
+
+    monkeypatch.setattr(LocalModel, "_generate", meanwhile)
+    assert ask(model, data, tmp_path / "out") == 0
+    assert told == [1]
+    assert "out: another process is at work on this evaluation" in capsys.readouterr().err
+    assert scores(tmp_path / "out")["n"] == 12
+    assert not list((tmp_path / "out").glob("*.lock"))
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "complaint"),
     [

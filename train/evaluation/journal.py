@@ -1,5 +1,6 @@
 """An evaluation folder while it grows: whose it is, and each answer as soon as it's there."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ class Journal:
         self.folder = folder
         self.path = folder / ("answers.jsonl" if shards == 1 else f"answers-{shard}-of-{shards}.jsonl")
         self._file: int | None = None
+        self._lock: int | None = None
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Makes the folder this evaluation's; UserError if it is another's, or no evaluation folder."""
@@ -46,14 +48,21 @@ class Journal:
         """The replies so far, by id. What a kill cut off in the middle is forgotten."""
         return {reply.id: reply for reply in read_replies(self.path)}
 
-    def keep(self, replies: Iterable[Reply]) -> None:
-        """Forgets all but these."""
+    def open(self, replies: Iterable[Reply]) -> None:
+        """Forgets all but these, to append others. UserError while another process does: answers would come twice."""
+        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            self._lock = None
+            raise UserError(f"{self.folder}: another process is at work on this evaluation") from None
         write_aside(self.path, "".join(map(_line, replies)))
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def append(self, replies: Sequence[Reply]) -> None:
         """One write for all of them, so that a batch is there as a whole or as a piece that `read` tells."""
-        if self._file is None:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        assert self._file is not None
         data = "".join(map(_line, replies)).encode()
         while data:
             data = data[os.write(self._file, data) :]
@@ -62,6 +71,14 @@ class Journal:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+        if self._lock is not None:
+            self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_suffix(".lock")
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

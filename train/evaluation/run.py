@@ -67,13 +67,13 @@ def ask(
         known = {name: reply for name, reply in known.items() if name not in again}
     else:
         todo = [[prompt for prompt in batch if prompt.id not in known] for batch in batches]
-    journal.keep(known.values())
-    running = Running(task.benchmark, task.items, task.question.mode)
-    running.add(list(known.values()))
     total = sum(map(len, batches))
     done, asked = len(known), 0
     what = task.question.task + ("" if task.question.control == "none" else f" ({task.question.control})")
+    running = Running(task.benchmark, task.items, task.question.mode)
+    running.add(list(known.values()))
     try:
+        journal.open(known.values())
         with progress(what, total) as tell:
             for replies in answerer.replies([batch for batch in todo if batch]):
                 journal.append(replies)
