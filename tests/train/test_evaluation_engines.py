@@ -51,7 +51,7 @@ def evaluate(model: str | Path, data: Path, out: Path, *options: str, launcher: 
     assert json.loads((out / "scores.json").read_text())["failed"] == 0
     rows = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
     # of a character that is cut off in the middle vLLM says nothing, where others say that it is none
-    return {row["id"]: row["answer"].rstrip("\ufffd ").strip() for row in rows}
+    return {row["id"]: re.sub(r"[\ufffd\s]+$", "", row["answer"]) for row in rows}
 
 
 @contextmanager
