@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.benchmarks.measures import Measure, mean
+from data.benchmarks.measures import mean
 from data.benchmarks.predictions import LeftOut, Predictions, match, read_predictions, unique
 from data.benchmarks.scores import Scores
 from data.pictures import ImageRef
@@ -111,10 +111,14 @@ def as_number(name: str) -> int | str:
     return int(name) if name.isdecimal() and str(int(name)) == name else name
 
 
-def accuracies(items: Sequence[Item], right: Sequence[float], scale: float = 1.0) -> dict[str, Measure]:
-    """The mean over all items as "accuracy", and over each of their groups."""
-    members: dict[str, list[float]] = {"accuracy": list(right)}
-    for item, value in zip(items, right, strict=True):
+def averaged(
+    task: str, mode: str, items: Sequence[Item], values: Sequence[float], scale: float = 1.0, **notes: Any
+) -> Scores:
+    """The mean over all items as "accuracy", and over each of their groups; all times `scale`."""
+    members: dict[str, list[float]] = {"accuracy": list(values)}
+    for item, value in zip(items, values, strict=True):
         for group in item.groups:
             members.setdefault(group, []).append(value)
-    return {name: mean(values, scale) for name, values in members.items()}
+    measures = {name: mean(some, scale) for name, some in members.items()}
+    per_item = {item.id: value * scale for item, value in zip(items, values, strict=True)}
+    return Scores(task, mode, measures, per_item, notes)

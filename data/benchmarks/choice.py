@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from data.benchmarks.base import Answers, Benchmark, Item, accuracies
+from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.files import Files, read_object
 from data.benchmarks.predictions import Predictions, read_predictions, read_text
 from data.benchmarks.scores import Scores
@@ -95,9 +95,7 @@ class ScienceQA(Benchmark):
             for letter, item in zip(read, items, strict=True)
             if letter is None and answers[item.id] is not None
         ]
-        per_item = {item.id: value for item, value in zip(items, right, strict=True)}
-        notes: dict[str, Any] = {"unparsed": len(unparsed), "unparsed_answers": unparsed}
-        return Scores(self.task, mode, accuracies(items, right), per_item, notes)
+        return averaged(self.task, mode, items, right, unparsed=len(unparsed), unparsed_answers=unparsed)
 
 
 class Split(msgspec.Struct):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.benchmarks.base import Answers, Benchmark, Item, accuracies
+from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.predictions import as_id
 from data.benchmarks.scores import Scores
 from data.records import find_image
@@ -54,8 +54,7 @@ class Exact(Benchmark):
             float(text is not None and clean(text) == clean(item.references[0]))
             for text, item in zip(said, items, strict=True)
         ]
-        per_item = {item.id: value for item, value in zip(items, right, strict=True)}
-        return Scores(self.task, mode, accuracies(items, right), per_item)
+        return averaged(self.task, mode, items, right)
 
 
 def _open(path: Path, images: Path | None, split: str | None) -> Source:

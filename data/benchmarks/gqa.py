@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from data.benchmarks.base import Answers, Benchmark, Item, accuracies
+from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.files import Files, read_object
 from data.benchmarks.scores import Scores
 from data.formats import SHORT_ANSWER
@@ -69,8 +69,7 @@ class GQA(Benchmark):
             float(text is not None and normalise(text) == normalise(item.references[0]))
             for text, item in zip(said, items, strict=True)
         ]
-        per_item = {item.id: value for item, value in zip(items, right, strict=True)}
-        return Scores(self.task, mode, accuracies(items, right), per_item)
+        return averaged(self.task, mode, items, right)
 
 
 def normalise(text: str) -> str:

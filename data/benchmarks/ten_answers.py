@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from data.benchmarks.base import Answers, Benchmark, Item, accuracies
+from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.files import Files, read_array
 from data.benchmarks.scores import Scores
 from data.benchmarks.vqa import VQA, agreement, said
@@ -49,8 +49,7 @@ class TextVQA(Benchmark):
 
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         values = [_text_accuracy(answers[item.id], item) for item in items]
-        per_item = {item.id: value * 100 for item, value in zip(items, values, strict=True)}
-        return Scores(self.task, mode, accuracies(items, values, 100), per_item, dict(self.prompt_notes))
+        return averaged(self.task, mode, items, values, 100, **self.prompt_notes)
 
 
 class TextReference(msgspec.Struct):

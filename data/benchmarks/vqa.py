@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from data.benchmarks.base import Answers, Benchmark, Item, accuracies
+from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.files import Files, image_sets, read_array
 from data.benchmarks.scores import Scores
 from data.benchmarks.vqa_text import clean, process
@@ -52,8 +52,7 @@ class VQA(Benchmark):
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         accuracy = official if mode == "official" else normalised
         values = [0.0 if (said := answers[item.id]) is None else accuracy(said, item) for item in items]
-        per_item = {item.id: value * 100 for item, value in zip(items, values, strict=True)}
-        return Scores(self.task, mode, accuracies(items, values, 100), per_item)
+        return averaged(self.task, mode, items, values, 100)
 
 
 def beside(questions: Path) -> Path | None:
