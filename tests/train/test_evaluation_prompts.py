@@ -37,8 +37,14 @@ def test_demonstrations_are_drawn_by_the_seed_and_never_show_the_answer_image() 
     roles = [message["role"] for message in prompts[0].messages()]
     assert roles == ["user", "assistant"] * 4 + ["user"]
     assert prompts[0].messages()[0]["content"][0] == {"type": "image"}
-    with pytest.raises(UserError, match="--shots 4: the demonstrations have only 3 rows"):
+    with pytest.raises(UserError, match="--shots 4: question 0 has only 2 demonstrations with another image, among 3"):
         make_prompts(EXACT, asked, "{question}", shots=Shots(4, pool[:3], seed=0))
+
+
+def test_a_question_is_never_its_own_demonstration() -> None:
+    asked = [Item(str(n), f"what is {n}?", ("red",)) for n in range(4)]
+    for item, prompt in zip(asked, make_prompts(EXACT, asked, "{question}", shots=Shots(3, asked, 0)), strict=True):
+        assert sorted(turn.text for turn in prompt.turns[:-1]) == [one.question for one in asked if one is not item]
 
 
 def test_blind_prompts_show_no_image_at_all() -> None:

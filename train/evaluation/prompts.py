@@ -1,6 +1,6 @@
 """What a model is asked: a benchmark's questions in its fixed words, demonstrations before them, controls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,16 +75,30 @@ class Shots:
     seed: int
 
     def draw(self, index: int, item: Item) -> list[Item]:
-        """Of other images than the question's; the same ones whatever else is asked."""
+        """Of other images than the question's (or, without one, other questions); the same ones whatever else is asked.
+
+        UserError when there aren't so many.
+        """
         rng = np.random.default_rng((self.seed, index))
-        drawn: list[Item] = []
-        for place in rng.permutation(len(self.pool))[: 2 * self.count + 10]:
+        drawn: dict[int, Item] = {}
+        for place in self._places(rng):
             one = self.pool[place]
-            if len(drawn) < self.count and (one.image is None or one.image != item.image):
-                drawn.append(one)
-        if len(drawn) < self.count:
-            raise UserError(f"--shots {self.count}: the demonstrations have only {len(self.pool)} rows with answers")
-        return drawn
+            same = one.question == item.question if item.image is None else one.image == item.image
+            if not same:
+                drawn[place] = one
+            if len(drawn) == self.count:
+                return list(drawn.values())
+        raise UserError(
+            f"--shots {self.count}: question {item.id} has only {len(drawn)} demonstrations with another image, among "
+            f"{len(self.pool)} with answers"
+        )
+
+    def _places(self, rng: np.random.Generator) -> Iterator[int]:
+        """All places in a random order; of a large pool the first few cost no permutation of it."""
+        size = 4 * self.count + 16 if self.pool else 0
+        seen = dict.fromkeys(rng.integers(max(len(self.pool), 1), size=size).tolist())  # in the order of the draws
+        yield from seen
+        yield from (place for place in rng.permutation(len(self.pool)).tolist() if place not in seen)
 
 
 def make_prompts(

@@ -102,27 +102,22 @@ def make_tasks(question: Question, out: Path, controls: bool) -> list[Task]:
         raise UserError(f"{question.data}: no questions in it")
     if question.rank and not all(benchmark.choices(item) for item in items):
         raise UserError(f"--rank: the questions of {question.task} have no choices to rank")
+    shots = None
+    if question.shots:
+        assert question.shots_data is not None
+        found = load_items(benchmark, question.shots_data, question.shots_images, None)
+        shots = Shots(question.shots, [item for item in found if item.references], question.seed)
     names = [question.control, *(CONTROLS[1:] if controls else ())]
     sha256 = None if question.engine.startswith("http") else model_hash(fetch(question.model))
     tasks = []
     for name in names:
         one = replace(question, control=name)
-        prompts = _prompts(one, benchmark, items)
+        prompts = make_prompts(benchmark, items, question.prompt or benchmark.prompt, name, question.seed, shots)
         settings = _settings(one, benchmark, prompts) | {"model_sha256": sha256}
         tasks.append(
             Task(one, benchmark, items, prompts, settings, out if one.control == question.control else out / name)
         )
     return tasks
-
-
-def _prompts(question: Question, benchmark: Benchmark, items: Sequence[Item]) -> list[Prompt]:
-    shots = None
-    if question.shots:
-        assert question.shots_data is not None
-        pool = load_items(benchmark, question.shots_data, question.shots_images, None)
-        shots = Shots(question.shots, [item for item in pool if item.references], question.seed)
-    template = question.prompt or benchmark.prompt
-    return make_prompts(benchmark, items, template, question.control, question.seed, shots)
 
 
 def _settings(question: Question, benchmark: Benchmark, prompts: Sequence[Prompt]) -> dict[str, Any]:
