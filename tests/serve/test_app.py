@@ -21,6 +21,19 @@ def test_a_chat_is_answered_whole_and_streamed_alike(client):
     assert chunks[-1]["usage"] == whole["usage"]
 
 
+def test_what_lmms_eval_and_vlmevalkit_send_is_served(client):
+    text, file = {"type": "text", "text": "hello"}, data_url(picture(1), "JPEG")
+    answers = []
+    for image in ({"url": file}, {"url": file, "detail": "low"}):
+        body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": image}, text]}]}
+        done = client.post(CHAT, json={"model": "tiny", **body, "n": 1, "temperature": 0, "max_tokens": 8})
+        assert done.status_code == 200, done.text
+        answers.append(done.json()["choices"][0]["message"]["content"])
+    assert answers[0] == answers[1]
+    alone = {"messages": [{"role": "user", "content": [text]}], "temperature": 0.0, "max_tokens": 8}
+    assert client.post(CHAT, json=alone).status_code == 200
+
+
 def test_usage_counts_image_tokens_and_every_choice(client, loaded):
     _, processor = loaded()
     without = client.post(CHAT, json=chat_body()).json()["usage"]
