@@ -1,11 +1,11 @@
 """What scoring costs beside the official code: VQA accuracy of 214,354 questions, BLEU, ROUGE-L and CIDEr-D of 40,504
-images with five references each.
+images with five references each; and what `vlm eval` costs beside its engine.
 
-    python tests/benchmarks/eval.py [--only vqa captions] [--out DIR] [--small]
+    python tests/benchmarks/eval.py [--only vqa captions throughput] [--out DIR] [--small]
 
-Every measurement is a process of its own on one core, repeated --rounds times; tables hold medians, with the lowest and
-highest where they differ. Before each it waits (--patience seconds at most) until others leave the cores alone; cores
-that were busy with other things meanwhile are in the column "others". DIR keeps the generated files and figures.json.
+Every measurement is a process of its own, scoring on one core, repeated --rounds times; tables hold medians, with the
+lowest and highest where they differ. Before each it waits (--patience seconds at most) until others leave the cores
+alone; cores that were busy with other things meanwhile are in the column "others". DIR keeps the generated files and figures.json.
 It needs the extra "eval". With --small all is tried in a minute, and means nothing.
 """
 
@@ -26,6 +26,7 @@ from support import COMMAND, figures, head, line, middles, others
 HERE = Path(__file__).resolve().parent
 QUESTIONS, IMAGES = 214_354, 40_504  # of VQAv2's and COCO's val2014
 SMALL = 100  # times smaller
+CORES = os.sched_getaffinity(0)
 
 
 @dataclass
@@ -43,7 +44,8 @@ class Bench:
         """Figures of a piece of eval_work.py, once for each round."""
         return self.run(name, [sys.executable, str(HERE / "eval_work.py"), name, json.dumps(options)])
 
-    def run(self, name: str, command: Sequence[str]) -> list[dict[str, Any]]:
+    def run(self, name: str, command: Sequence[str], cores: int = 1) -> list[dict[str, Any]]:
+        os.sched_setaffinity(0, sorted(CORES)[-cores:])  # a process that is started has them, too
         env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.found[name] = [figures(command, self.patience, env) for _ in range(self.rounds)]
         (self.folder / "figures.json").write_text(json.dumps(self.found, indent=1), encoding="utf-8")
@@ -82,7 +84,16 @@ def measure_captions(bench: Bench) -> None:
          others(found))  # fmt: skip
 
 
-MEASURED = {"vqa": measure_vqa, "captions": measure_captions}
+def measure_throughput(bench: Bench) -> None:
+    """Pictures are decoded beside the model, so it has a core more than torch has threads."""
+    command = [sys.executable, str(HERE / "eval_engine.py"), str(32 if bench.small else 192)]
+    found = bench.run("throughput", command, cores=2)
+    head("Questions a second", "", "questions", "vlm eval", "generate alone", "ratio", "others")
+    line("torch", *middles(found, "questions", digits=0), *middles(found, "eval", "engine"),
+         *middles(found, "ratio", digits=3), others(found))  # fmt: skip
+
+
+MEASURED = {"vqa": measure_vqa, "captions": measure_captions, "throughput": measure_throughput}
 
 
 def main() -> None:
@@ -95,7 +106,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.small:
         options.rounds, options.patience = 1, 0
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() if options.out is None else nullcontext(options.out) as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         bench = Bench(Path(folder).resolve(), options.small, options.rounds, options.patience)
