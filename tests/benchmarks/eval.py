@@ -5,8 +5,8 @@ images with five references each; and what `vlm eval` costs beside its engine.
 
 Every measurement is a process of its own, scoring on one core, repeated --rounds times; tables hold medians, with the
 lowest and highest where they differ. Before each it waits (--patience seconds at most) until others leave the cores
-alone; cores that were busy with other things meanwhile are in the column "others". DIR keeps the generated files and figures.json.
-It needs the extra "eval". With --small all is tried in a minute, and means nothing.
+alone; cores that were busy with other things meanwhile are in the column "others". DIR keeps the
+generated files and figures.json. It needs the extra "eval". With --small all is tried in a minute, and means nothing.
 """
 
 import argparse
