@@ -1,6 +1,7 @@
 """`vlm eval`: what it leaves, how it goes on, what it refuses before a model is asked, and what it can't score."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -242,6 +243,18 @@ def test_what_cannot_be_asked_is_named_before_anything_is_written(
     error = capsys.readouterr().err
     assert complaint in error
     assert error.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    for path in broken.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:5000])
+    assert ask(broken, data, tmp_path / "out", "--controls") == 1
+    assert "cut off or broken" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

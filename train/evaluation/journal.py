@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ class Journal:
                 f"{self.folder}: holds an evaluation with another {name.replace('_', ' ')} ("
                 f"{shown(held.get(name))}, and not {shown(settings.get(name))}); use another --out"
             )
+
+    def abandon(self) -> None:
+        """Takes the folder back, if nothing was answered and nobody is at it."""
+        answers = list(self.folder.glob("answers*.jsonl"))
+        if not any(path.stat().st_size for path in answers) and not any(self.folder.glob("*.lock")):
+            for path in (*answers, self.folder / SETTINGS):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # a log is in it
+                self.folder.rmdir()
 
     def read(self) -> dict[str, Reply]:
         """The replies so far, by id. What a kill cut off in the middle is forgotten."""

@@ -34,7 +34,12 @@ def evaluate(question: Question, means: Means, out: Path, controls: bool = False
     for task in tasks:
         Journal(task.folder).claim(task.settings)
     began = time.perf_counter()
-    asked = answer(tasks, means)
+    try:
+        asked = answer(tasks, means)
+    except BaseException:
+        for task in reversed(tasks) if means.shards == 1 else ():
+            Journal(task.folder).abandon()
+        raise
     if means.shards > 1:
         return []
     return conclude(tasks, [out], time.perf_counter() - began, asked)

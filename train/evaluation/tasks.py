@@ -10,8 +10,11 @@ from data.benchmarks.columns import load_items
 from data.benchmarks.predictions import unique
 from train.evaluation.journal import digest, model_hash
 from train.evaluation.prompts import CONTROLS, Prompt, Shots, make_prompts
+from vlm.checkpoint import ADAPTER_CONFIG, check_source
 from vlm.errors import UserError
 from vlm.hub import fetch
+
+ENGINES = ("torch", "vllm")  # or a URL
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Question:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.engine not in ("torch", "vllm") and not self.engine.startswith(("http://", "https://")):
+        if self.engine not in ENGINES and not self.engine.startswith(("http://", "https://")):
             raise UserError(
                 f"--engine {self.engine}: torch, vllm, or the URL of an OpenAI API, such as http://host:8000"
             )
@@ -108,7 +111,7 @@ def make_tasks(question: Question, out: Path, controls: bool) -> list[Task]:
         found = load_items(benchmark, question.shots_data, question.shots_images, None)
         shots = Shots(question.shots, [item for item in found if item.references], question.seed)
     names = [question.control, *(CONTROLS[1:] if controls else ())]
-    sha256 = None if question.engine.startswith("http") else model_hash(fetch(question.model))
+    sha256 = _hash(question)
     tasks = []
     for name in names:
         one = replace(question, control=name)
@@ -118,6 +121,16 @@ def make_tasks(question: Question, out: Path, controls: bool) -> list[Task]:
             Task(one, benchmark, items, prompts, settings, out if one.control == question.control else out / name)
         )
     return tasks
+
+
+def _hash(question: Question) -> str | None:
+    """Of the model's files, where they are here. UserError for what is no model."""
+    if question.engine not in ENGINES:
+        return None
+    folder = fetch(question.model)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        check_source(folder, "vlm" if question.engine == "torch" else None)
+    return model_hash(folder)
 
 
 def _settings(question: Question, benchmark: Benchmark, prompts: Sequence[Prompt]) -> dict[str, Any]:
