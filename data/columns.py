@@ -67,15 +67,22 @@ class Columns(Source):
             raise UserError(f"{self.where(index)}: cannot be read ({first_line(error)})") from None
         return {key: value for key, value in row.items() if value is not None}
 
-    def without_images(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """All rows in order without the columns that may hold images, and whether the row has one in `image`.
+    @property
+    def has_images(self) -> bool:
+        return "image" in self._data.column_names
+
+    def without_images(self) -> Iterator[tuple[dict[str, Any], str | None]]:
+        """All rows in order without the columns that may hold images, and what the row's `image` is called, if any.
 
         Images are not read: of a memory map only the pages that are looked at are.
         """
         names = [name for name in self._data.column_names if name not in self._folded and name != "image"]
+        first = 0
         for table in self._data.iter(batch_size=1000):
-            there = table["image"].is_valid().to_pylist() if "image" in table.column_names else [False] * len(table)
-            yield from zip(table.select(names).to_pylist(), there, strict=True)
+            there = table["image"].is_valid().to_pylist() if self.has_images else [False] * len(table)
+            for number, (row, shown) in enumerate(zip(table.select(names).to_pylist(), there, strict=True), first):
+                yield row, f"row {number}" if shown else None
+            first += len(table)
 
     def image(self, index: int) -> bytes:
         """The encoded image in a row's column `image`."""

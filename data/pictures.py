@@ -62,10 +62,14 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class ImageRow:
-    """The image of a row that is read when it's wanted: a hundred thousand of them take no room."""
+    """The image of a row that is read when it's wanted: a hundred thousand of them take no room.
+
+    key: the same for rows that show the same image.
+    """
 
     rows: Rows = field(compare=False, repr=False)
-    index: int
+    index: int = field(compare=False)
+    key: str
 
     def __str__(self) -> str:
         return f"{self.rows.where(self.index)}.image"

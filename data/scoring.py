@@ -11,6 +11,7 @@ from data.benchmarks.captions import Captions
 from data.benchmarks.scores import changed, differences
 from vlm.errors import UserError
 
+MOST_DRAWS = 100_000
 SHOWN = 10  # of the items that changed, on a terminal
 
 
@@ -24,6 +25,10 @@ def run_scoring(options: argparse.Namespace) -> int:
         if not isinstance(benchmark, Captions):
             raise UserError(f"--clip is for captions; {options.task} has its own rules")
         benchmark.clip, benchmark.images = options.clip, options.images
+    if options.bootstrap > MOST_DRAWS:
+        raise UserError(
+            f"--bootstrap {options.bootstrap}: {MOST_DRAWS:,} draws are the most, and a thousand are enough"
+        )
     benchmark.check_mode(options.mode)
     if options.against is None:
         scores = benchmark.score_files(options.predictions, options.references, options.mode, options.allow_partial)

@@ -60,12 +60,14 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shots", type=natural, default=0, metavar="N", help="demonstrations before each question")
     parser.add_argument("--shots-data", type=Path, metavar="PATH", help="where they are drawn from: the train split")
     parser.add_argument("--shots-images", type=Path, metavar="DIR", help="folder of their images")
+    parser.add_argument("--shots-split", metavar="NAME", help="where that folder has several")
     parser.add_argument("--rank", action="store_true", help="take the likeliest of a question's choices (torch)")
     parser.add_argument("--prompt", metavar="TEXT", help="with {question} in it (default: what LLaVA-1.5 was asked)")
     parser.add_argument(
         "--seed", type=natural, default=0, metavar="N", help="of demonstrations and the shuffled control"
     )
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only part I of N")
+    parser.add_argument("--retry-failed", action="store_true", help="ask questions that failed again")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="questions at once (torch)")
@@ -111,18 +113,20 @@ def _evaluate(options: argparse.Namespace) -> int:
         shots=options.shots,
         shots_data=options.shots_data,
         shots_images=options.shots_images,
+        shots_split=options.shots_split,
         rank=options.rank,
         batch_size=options.batch_size,
         precision=options.precision,
+        device=options.device,
+        vllm_args=tuple(shlex.split(options.vllm_args)),
     )
     means = Means(
-        device=options.device,
+        retry_failed=options.retry_failed,
         shard=options.shard[0],
         shards=options.shard[1],
         concurrency=options.concurrency,
         api_key=options.api_key,
         vllm_python=options.vllm_python,
-        vllm_args=tuple(shlex.split(options.vllm_args)),
     )
     return run_evaluation(question, means, options.out, options.controls)
 

@@ -13,6 +13,8 @@ from data.sources import open_source
 from vlm.errors import UserError
 
 Row = dict[str, Any]
+ASKED_WITHOUT = ("exact", "scienceqa")  # tasks with questions about no picture
+PICTURE_KEYS = ("image_id", "imageId", "image_source")  # columns that tell which rows show the same one
 
 
 def load_items(benchmark: Benchmark, data: Path, images: Path | None, split: str | None) -> list[Item]:
@@ -39,12 +41,18 @@ def _column_items(task: str, data: Path, split: str | None) -> list[Item]:
     source = open_source(f"{data}@{split}" if split else str(data))
     if not isinstance(source, Columns):
         raise UserError(f"{data}: not a data set of columns")
+    if task not in ASKED_WITHOUT and not source.has_images:
+        raise UserError(f"{data}: no column 'image' in it, and {task} is asked about pictures")
     make = _READERS[task]
     items = []
-    for index, (row, has_image) in enumerate(source.without_images()):
+    for index, (row, image) in enumerate(source.without_images()):
         told = {key: value for key, value in row.items() if value is not None}
+        name = next((str(told[key]) for key in PICTURE_KEYS if key in told), image)
         try:
-            items.append(make(told, index, ImageRow(source, index) if has_image else None))
+            item = make(told, index, None if image is None else ImageRow(source, index, f"{data}: {name}"))
+            if not isinstance(item.question, str) or not all(isinstance(text, str) for text in item.references):
+                raise ValueError("questions and answers are text")
+            items.append(item)
         except (KeyError, TypeError, ValueError) as error:
             why = f"needs a column {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{source.where(index)}: {why}, to be a question of {task}") from None

@@ -38,6 +38,8 @@ class Files:
     def find(self, pattern: str, official: str) -> Path:
         """The one file whose name fits `pattern`, of the split that was asked for; `official`: how it's published."""
         if self.data.is_file():
+            if self.split is not None and self.split.lower() not in self.data.name.lower():
+                raise UserError(f"{self.data}: one file, whose name doesn't say that it is of the split {self.split}")
             return self.data
         fitting = [path for path in self._names if fnmatch(path.name.lower(), pattern)]
         found = [path for path in fitting if self.split is None or self.split.lower() in path.name.lower()]
@@ -51,13 +53,13 @@ class Files:
         return self.folder / official
 
     def pictures(self, images: Path | None, folders: Sequence[str]) -> "Pictures":
-        """The folder of the pictures: `images`, or the first of `folders` that is there, or the data's own."""
+        """The folder of the pictures: `images`, or the one of `folders` that is there, or the data's own."""
         if images is not None:
             if not images.is_dir():
                 raise UserError(f"{images}: no such image folder")
             return Pictures(images)
-        found = (self.folder / name for name in folders)
-        return Pictures(next((folder for folder in found if folder.is_dir()), self.folder))
+        found = [folder for name in dict.fromkeys(folders) if (folder := self.folder / name).is_dir()]
+        return Pictures(found[0] if len(found) == 1 else self.folder)
 
     def check(self) -> None:
         if self.missing:

@@ -52,10 +52,11 @@ def measure(questions: int) -> dict[str, float]:
         model = LocalModel(*load(folder / "model"), max_tokens=TOKENS)
         (task,) = make_tasks(Question(str(folder / "model"), "exact", data, batch_size=BATCH), folder / "out", False)
         batches = task.batches(Means())
-        Journal(task.folder).claim(task.settings)
+        journal = Journal(task.folder)
+        journal.claim(task.settings)
         next(model.replies(batches[:1]))  # what is slow the first time
         began = time.perf_counter()
-        ask(task, batches, Journal(task.folder), {}, model)
+        ask(task, batches, journal, {}, model)
         evaluated = questions / (time.perf_counter() - began)
         ready = [model.prepare(batch) for batch in batches]
         began = time.perf_counter()

@@ -88,9 +88,25 @@ def test_rows_without_a_picture_have_none(tmp_path: Path) -> None:
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\[0\]: needs a column 'question', to be a question of gqa"):
-        read(tmp_path, "gqa", [{"id": "a", "answer": "x"}])
+        read(tmp_path, "gqa", [{"id": "a", "answer": "x", "image": png(5)}])
+
+
+def test_a_task_about_pictures_is_not_asked_without(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no column 'image' in it, and gqa is asked about pictures"):
+        read(tmp_path, "gqa", [{"id": "a", "question": "what?", "answer": "x"}])
+
+
+def test_questions_and_answers_are_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\[0\]: questions and answers are text, to be a question of exact"):
+        read(tmp_path, "exact", [{"id": "a", "question": "what?", "answer": 3}])
+
+
+def test_rows_of_the_same_picture_are_told_by_its_name(tmp_path: Path) -> None:
+    row = {"question": "what?", "answer": "x", "image": png(5)}
+    items = read(tmp_path, "gqa", [{**row, "id": str(n), "imageId": f"{n // 2}"} for n in range(4)])
+    assert [one.image == items[0].image for one in items] == [True, True, False, False]
 
 
 def test_other_values_than_expected_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\[0\]: the label 'maybe' is neither yes nor no"):
-        read(tmp_path, "pope", [{"id": "a", "question": "is it?", "answer": "maybe"}])
+        read(tmp_path, "pope", [{"id": "a", "question": "is it?", "answer": "maybe", "image": png(5)}])

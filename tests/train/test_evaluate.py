@@ -246,6 +246,55 @@ def test_what_cannot_be_asked_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_failed_can_be_asked_again(model: Path, tmp_path: Path) -> None:
+    rows = [{**QUESTION, "id": name, "image": f"{name}.png"} for name in ("good", "bad")]
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"x" * (tmp_path / "good.png").stat().st_size)
+    data = write_rows(tmp_path / "q.jsonl", rows)
+    assert ask(model, data, tmp_path / "out") == 0
+    shutil.copy(tmp_path / "good.png", tmp_path / "bad.png")
+    assert ask(model, data, tmp_path / "out") == 0
+    assert scores(tmp_path / "out")["failed"] == 1
+    assert ask(model, data, tmp_path / "out", "--retry-failed") == 0
+    assert scores(tmp_path / "out")["failed"] == 0
+
+
+def test_a_run_in_which_nothing_works_stops_early(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluation_run, "HOPELESS", 8)
+    rows = [{**QUESTION, "id": n, "question": "what? " * 400} for n in range(20)]
+    assert ask(model, write_rows(tmp_path / "q.jsonl", rows), tmp_path / "out") == 1
+    assert "the first 8 questions have all failed (" in capsys.readouterr().err
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 8
+
+
+def test_what_is_told_again_is_told_as_it_is_now(model: Path, tmp_path: Path) -> None:
+    """Other references and modes score the same answers; other pictures under the same names ask again."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {**QUESTION, "image": "a.png"}
+    assert ask(model, write_rows(tmp_path / "q.jsonl", [row]), tmp_path / "out") == 0
+    before = json.loads((tmp_path / "out" / "scores.json").read_text())
+    said = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())["answer"]
+    right = {**row, "answer": f"{said.upper()}."}
+    assert ask(model, write_rows(tmp_path / "q.jsonl", [right]), tmp_path / "out", "--mode", "normalised") == 0
+    after = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (before["metrics"]["accuracy"], after["metrics"]["accuracy"], after["mode"]) == (0, 1, "normalised")
+    assert after["seconds"] == before["seconds"] > 0
+    Image.new("RGB", (90, 80), "red").save(tmp_path / "a.png")
+    assert ask(model, tmp_path / "q.jsonl", tmp_path / "out") == 1
+
+
+def test_parts_of_other_machines_have_other_paths(model: Path, data: Path, tmp_path: Path) -> None:
+    for part in (1, 2):
+        shutil.copytree(data.parent, tmp_path / f"data{part}")
+        there = tmp_path / f"data{part}" / data.name
+        assert ask(model, there, tmp_path / f"part{part}", "--shard", f"{part}/2") == 0
+    parts = [str(tmp_path / "part1"), str(tmp_path / "part2")]
+    assert main(["eval", "merge", *parts, "--out", str(tmp_path / "merged")]) == 0
+    assert scores(tmp_path / "merged")["n"] == 12
+
+
 def test_a_model_that_cannot_be_loaded_leaves_nothing(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,8 +131,19 @@ def test_what_would_fail_every_question_ends_the_run(fake: Fake) -> None:
     with pytest.raises(UserError, match=r"503: loading \(6 tries\); what is answered already is kept"):
         replies(RemoteModel(fake.url, "demo", 7, 1), prompts(1))
     fake.models = ["a", "b"]
-    with pytest.raises(UserError, match="serves a, b, and no demo; name one of them as MODEL"):
+    for wanted in ("demo", None):
+        with pytest.raises(UserError, match=f"serves a, b, and no {wanted}; name one as MODEL"):
+            RemoteModel(fake.url, wanted, 7, 4)
+    fake.models = ["other"]
+    with pytest.raises(UserError, match="serves other, and no demo"):
         RemoteModel(fake.url, "demo", 7, 4)
+    fake.models = ["demo"]
+    for odd in ({"choices": []}, {"error": {"message": "oh"}}, [], {"choices": [{"message": None}]}):
+        fake.answer = lambda _, odd=odd: (200, odd, {})  # type: ignore[misc]
+        with pytest.raises(UserError, match="no answer of chat completions: "):
+            replies(RemoteModel(fake.url, "demo", 7, 1), prompts(1))
+    fake.answer = lambda _: said(None)
+    assert replies(RemoteModel(fake.url, "demo", 7, 1), prompts(1)) == {"0": (None, "the server gave no text but None")}
     with pytest.raises(UserError, match="Connection refused"):
         RemoteModel("http://127.0.0.1:9", "demo", 7, 4)
 
@@ -158,7 +169,7 @@ def test_a_picture_that_is_none_fails_alone(fake: Fake, tmp_path: Path) -> None:
 def test_a_url_is_an_engine(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"id": n, "question": f"what {n}?", "answer": "red" if n else "blue"} for n in range(4)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fake.answer = lambda body: said("red") if len(fake.asked) > 1 else said(None)
+    fake.answer = lambda body: said("red") if len(fake.asked) > 1 else said("")
     command = ["eval", "demo", "--task", "exact", "--data", str(tmp_path / "q.jsonl"), "--engine", fake.url]
     assert main([*command, "--out", str(tmp_path / "out"), "--concurrency", "1"]) == 0
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())

@@ -4,15 +4,18 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data.pictures import ImageRef
 from train.evaluation.prompts import Prompt, Reply
 from vlm.errors import UserError
 
 SETTINGS, SCORES, REPORT = "settings.json", "scores.json", "report.html"
+UNIMPORTANT = {"data", "images", "shots_data", "shots_images", "mode"}
 
 
 class Journal:
@@ -28,25 +31,43 @@ class Journal:
         self._lock: int | None = None
 
     def claim(self, settings: Mapping[str, Any]) -> None:
-        """Makes the folder this evaluation's; UserError if it is another's, or no evaluation folder."""
-        held = read_settings(self.folder)
-        if held is None:
-            if self.folder.exists() and not _ours(self.folder):
-                raise UserError(f"{self.folder}: there already, and not an evaluation folder; use another --out")
+        """Makes the folder this evaluation's, and this process's until `close`.
+
+        UserError if it is another's, or no evaluation folder, or another process is at work there.
+        """
+        if read_settings(self.folder) is None and self.folder.exists() and not _ours(self.folder):
+            raise UserError(f"{self.folder}: there already, and not an evaluation folder; use another --out")
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_aside(self.folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False))
-        elif differing := [name for name in {**held, **settings} if held.get(name) != plain(settings).get(name)]:
-            if not any(path.stat().st_size for path in self.folder.glob("answers*.jsonl")):
-                write_aside(self.folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False))
-                return  # nothing was answered
-            name = differing[0]
-            raise UserError(
-                f"{self.folder}: holds an evaluation with another {name.replace('_', ' ')} ("
-                f"{shown(held.get(name))}, and not {shown(settings.get(name))}); use another --out"
-            )
+            self._lock_folder()
+        except OSError as error:
+            raise UserError(f"{self.folder}: can't be written ({error.strerror})") from None
+        held = read_settings(self.folder)
+        if held is not None and (name := differing(held, settings)):
+            others = any(path != self._lock_path for path in self.folder.glob("*.lock"))
+            if others or any(path.stat().st_size for path in self.folder.glob("answers*.jsonl")):
+                self.close()
+                raise UserError(
+                    f"{self.folder}: holds an evaluation with another {name.replace('_', ' ')} ("
+                    f"{shown(held.get(name))}, and not {shown(settings.get(name))}); use another --out"
+                )
+        write_aside(self.folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False))
+
+    def _lock_folder(self) -> None:
+        while self._lock is None:
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise UserError(f"{self.folder}: another process is at work on this evaluation") from None
+            if self._lock_path.exists() and os.fstat(lock).st_ino == self._lock_path.stat().st_ino:
+                self._lock = lock
+            else:  # whoever held it took it away meanwhile
+                os.close(lock)
 
     def abandon(self) -> None:
-        """Takes the folder back, if nothing was answered and nobody is at it."""
+        """Takes the folder back, if nothing was answered and nobody else is at it; to be called after `close`."""
         answers = list(self.folder.glob("answers*.jsonl"))
         if not any(path.stat().st_size for path in answers) and not any(self.folder.glob("*.lock")):
             for path in (*answers, self.folder / SETTINGS):
@@ -59,14 +80,7 @@ class Journal:
         return {reply.id: reply for reply in read_replies(self.path)}
 
     def open(self, replies: Iterable[Reply]) -> None:
-        """Forgets all but these, to append others. UserError while another process does: answers would come twice."""
-        self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            self._lock = None
-            raise UserError(f"{self.folder}: another process is at work on this evaluation") from None
+        """Forgets all but these, to append others."""
         write_aside(self.path, "".join(map(_line, replies)))
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
@@ -74,8 +88,11 @@ class Journal:
         """One write for all of them, so that a batch is there as a whole or as a piece that `read` tells."""
         assert self._file is not None
         data = "".join(map(_line, replies)).encode()
-        while data:
-            data = data[os.write(self._file, data) :]
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}; what was answered before is kept") from None
 
     def close(self) -> None:
         if self._file is not None:
@@ -111,17 +128,39 @@ def read_replies(path: Path) -> list[Reply]:
             row = json.loads(line)
         except ValueError:
             continue  # cut off by a kill, or empty
-        found.append(Reply(row["id"], row.get("answer"), row.get("error")))
+        if isinstance(row, dict) and isinstance(row.get("id"), str):
+            found.append(Reply(row["id"], row.get("answer"), row.get("error")))
     return found
 
 
+def differing(held: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """The first setting by which two evaluations differ; where files lie and how answers are scored are none."""
+    ours, theirs = plain(held), plain(settings)
+    elsewhere = {"model"} if ours.get("model_sha256") and theirs.get("model_sha256") else set()
+    names = (name for name in {**ours, **theirs} if name not in UNIMPORTANT | elsewhere)
+    return next((name for name in names if ours.get(name) != theirs.get(name)), None)
+
+
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Of everything that is asked: other questions, words, demonstrations or images have another one."""
+    """Of everything that is asked: other questions, words, demonstrations or images have another one.
+
+    Images count by their names and sizes, wherever they lie.
+    """
     total = hashlib.sha256()
+    sizes: dict[ImageRef | None, str] = {None: ""}
     for prompt in prompts:
-        turns = [[turn.text, str(turn.image), turn.answer] for turn in prompt.turns]
+        for turn in prompt.turns:
+            if turn.image not in sizes:
+                sizes[turn.image] = _named(turn.image)
+        turns = [[turn.text, sizes[turn.image], turn.answer] for turn in prompt.turns]
         total.update(json.dumps([prompt.id, turns]).encode())
     return total.hexdigest()[:16]
+
+
+def _named(image: ImageRef | None) -> str:
+    if isinstance(image, Path):
+        return f"{image.name} {image.stat().st_size if image.is_file() else None}"
+    return Path(str(image)).name
 
 
 def model_hash(folder: Path) -> str:
@@ -157,8 +196,9 @@ def shown(value: Any) -> str:
 
 
 def _ours(folder: Path) -> bool:
-    """An empty folder, but for the settings that another shard is writing at this moment."""
-    return folder.is_dir() and all(path.name.startswith(f"{SETTINGS}.partial-") for path in folder.iterdir())
+    """An empty folder, but for what another shard is writing at this moment."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
+    return all(name.startswith(f"{SETTINGS}.partial-") or re.fullmatch(r"answers.*\.lock", name) for name in names)
 
 
 def _line(reply: Reply) -> str:

@@ -71,7 +71,11 @@ def write_outputs(evaluation: Evaluation, folder: Path, controls: Sequence[Evalu
     write_aside(folder / evaluation.benchmark.submission_name, evaluation.benchmark.submission(answers))
     write_page(evaluation, folder, controls)
     # at the end, since what has scores is whole
-    write_aside(folder / SCORES, json.dumps(as_json(evaluation, controls), indent=1, ensure_ascii=False))
+    told = as_json(evaluation, controls)
+    if not evaluation.asked and (folder / SCORES).is_file():  # told again: the time is that of the asking
+        before = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        told |= {name: before[name] for name in ("seconds", "seconds_per_question")}
+    write_aside(folder / SCORES, json.dumps(told, indent=1, ensure_ascii=False))
 
 
 def as_json(evaluation: Evaluation, controls: Sequence[Evaluation] = ()) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Answers of a server that speaks OpenAI's chat completions: any URL, or vLLM started for the purpose."""
 
 import base64
+import json
 import os
 import random
 import re
@@ -8,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from queue import SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 from data.pictures import ImageRef, image_size
@@ -49,37 +50,55 @@ class RemoteModel:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self.client = httpx.Client(headers=headers, timeout=httpx.Timeout(TIMEOUT, connect=30.0), limits=limits)
-        self.concurrency, self.stopping = concurrency, Event()
+        self.concurrency, self.stopped = concurrency, Event()
         self.name = self._find(model)
         self.settings = {"temperature": 0, "max_tokens": max_tokens, **(extra or {})}
 
     def _find(self, model: str | None) -> str:
-        served = [row["id"] for row in self._request("GET", "/models")["data"]]
+        told = self._request("GET", "/models", tries=2)
+        try:
+            served = [str(row["id"]) for row in told["data"]]
+        except (KeyError, TypeError):
+            raise UserError(f"{self.url}/models: names no models; is it an OpenAI API?") from None
         if model in served:
             return str(model)
-        if len(served) == 1:
-            return str(served[0])
-        raise UserError(f"{self.url}: serves {', '.join(served)}, and no {model}; name one of them as MODEL")
+        if model is None and len(served) == 1:
+            return served[0]
+        raise UserError(f"{self.url}: serves {', '.join(served) or 'nothing'}, and no {model}; name one as MODEL")
 
     def replies(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[list[Reply]]:
-        """Answers as they come."""
-        running: set[Future[Reply]] = set()
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        """Answers as they come. Whoever stops listening leaves what is under way behind."""
+        todo: SimpleQueue[Prompt | None] = SimpleQueue()
+        done: SimpleQueue[Reply | BaseException] = SimpleQueue()
+        self.stopped = Event()
+        # daemons, which a process that ends doesn't wait for: a server may take minutes to answer, or never do
+        for _ in range(self.concurrency):
+            Thread(target=self._work, args=(todo, done, self.stopped), daemon=True).start()
+        waiting = 0
+        try:
+            for prompt in (prompt for batch in batches for prompt in batch):
+                todo.put(prompt)
+                waiting += 1
+                if waiting >= 2 * self.concurrency:
+                    yield [_taken(done)]
+                    waiting -= 1
+            for _ in range(waiting):
+                yield [_taken(done)]
+        except BaseException:
+            self.stopped.set()
+            raise
+        finally:
+            for _ in range(self.concurrency):
+                todo.put(None)
+
+    def _work(
+        self, todo: "SimpleQueue[Prompt | None]", done: "SimpleQueue[Reply | BaseException]", stopped: Event
+    ) -> None:
+        while (prompt := todo.get()) is not None and not stopped.is_set():
             try:
-                self.stopping.clear()
-                for prompt in (prompt for batch in batches for prompt in batch):
-                    running.add(pool.submit(self._reply, prompt))
-                    if len(running) >= 2 * self.concurrency:
-                        done, running = wait(running, return_when=FIRST_COMPLETED)
-                        yield [one.result() for one in done]
-                while running:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield [one.result() for one in done]
-            except BaseException:  # nobody waits for what is under way
-                self.stopping.set()
-                self.client.close()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                done.put(self._reply(prompt))
+            except BaseException as error:  # told by whoever takes it
+                done.put(error)
 
     def _reply(self, prompt: Prompt) -> Reply:
         try:
@@ -91,8 +110,13 @@ class RemoteModel:
             told = self._request("POST", "/chat/completions", body)
         except RefusedError as error:
             return Reply.failed(prompt, error)
-        text = told["choices"][0]["message"]["content"]
-        return Reply(prompt.id, (text or "").encode(errors="replace").decode().strip())
+        try:
+            text = told["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise UserError(f"{self.url}: no answer of chat completions: {json.dumps(told)[:200]}") from None
+        if not isinstance(text, str):
+            return Reply.failed(prompt, f"the server gave no text but {text!r:.40}")
+        return Reply(prompt.id, text.encode(errors="replace").decode().strip())
 
     def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         messages = prompt.messages()
@@ -103,13 +127,11 @@ class RemoteModel:
                     part["type"], part["image_url"] = "image_url", {"url": data_url(next(images))}
         return messages
 
-    def _request(self, method: str, path: str, body: Any = None) -> Any:
+    def _request(self, method: str, path: str, body: Any = None, tries: int = TRIES) -> Any:
         """RefusedError for what is wrong with this request alone, UserError for what would fail all others, too."""
         import httpx
 
-        for attempt in range(1, TRIES + 1):
-            if self.stopping.is_set():
-                raise UserError("stopped")
+        for attempt in range(1, tries + 1):
             asked_for = None
             try:
                 response = self.client.request(method, self.url + path, json=body)
@@ -124,9 +146,9 @@ class RemoteModel:
                 if response.status_code not in _AGAIN:
                     raise UserError(f"{self.url}{path}: {why}")
                 asked_for = response.headers.get("retry-after")
-            if attempt < TRIES:
-                self.stopping.wait(pause(attempt, asked_for))
-        raise UserError(f"{self.url}{path}: {why} ({TRIES} tries); what is answered already is kept")
+            if attempt < tries:
+                self.stopped.wait(pause(attempt, asked_for))
+        raise UserError(f"{self.url}{path}: {why} ({tries} tries); what is answered already is kept")
 
     def _read(self, response: Any) -> Any:
         try:
@@ -140,6 +162,13 @@ def pause(attempt: int, asked_for: str | None) -> float:
     if asked_for is not None and asked_for.isdecimal():
         return min(float(asked_for), 120.0)
     return min(30.0, 0.5 * 2.0**attempt) * (0.5 + random.random())
+
+
+def _taken(done: "SimpleQueue[Reply | BaseException]") -> Reply:
+    found = done.get()
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 class RefusedError(Exception):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from data.benchmarks import Benchmark, Item
 from data.benchmarks.predictions import listed
 from data.progress import progress
-from train.evaluation.journal import SCORES, Journal, read_replies, read_settings
+from train.evaluation.journal import Journal, differing, read_replies, read_settings
 from train.evaluation.outputs import Evaluation, write_outputs
 from train.evaluation.prompts import CONTROLS, Prompt, Reply
 from train.evaluation.tasks import Means, Question, Task, make_tasks
@@ -17,6 +17,7 @@ from vlm.errors import UserError
 from vlm.settings import parse
 
 Batches = Sequence[Sequence[Prompt]]
+HOPELESS = 100
 
 
 class Answerer(Protocol):
@@ -31,29 +32,45 @@ def evaluate(question: Question, means: Means, out: Path, controls: bool = False
     """Leaves an evaluation folder in `out`, with `controls` those of both controls in it, and goes on with what is
     there. Evaluations, the one that was asked for first; none of one shard of many."""
     tasks = make_tasks(question, out, controls)
-    for task in tasks:
-        Journal(task.folder).claim(task.settings)
-    began = time.perf_counter()
-    try:
-        asked = answer(tasks, means)
-    except BaseException:
-        for task in reversed(tasks) if means.shards == 1 else ():
-            Journal(task.folder).abandon()
-        raise
+    with claimed(tasks, means) as journals:
+        began = time.perf_counter()
+        asked = answer(tasks, journals, means)
     if means.shards > 1:
         return []
     return conclude(tasks, [out], time.perf_counter() - began, asked)
 
 
-def answer(tasks: Sequence[Task], means: Means) -> int:
+@contextmanager
+def claimed(tasks: Sequence[Task], means: Means) -> Iterator[list[Journal]]:
+    """The tasks' folders, this process's alone; taken back when it fails before anything is answered."""
+    journals = [Journal(task.folder, means.shard, means.shards) for task in tasks]
+    claims = 0
+    try:
+        for journal, task in zip(journals, tasks, strict=True):
+            journal.claim(task.settings)
+            claims += 1
+        yield journals
+    except BaseException:
+        for journal in reversed(journals[:claims]):
+            journal.close()
+            if means.shards == 1:
+                journal.abandon()
+        raise
+    finally:
+        for journal in journals:
+            journal.close()
+
+
+def answer(tasks: Sequence[Task], journals: Sequence[Journal], means: Means) -> int:
     """Asks what isn't answered yet, of this shard; the model is loaded when there is anything. How many were asked."""
     asked = 0
     with ExitStack() as stack:
         answerer: Answerer | None = None
-        for task in tasks:
+        for task, journal in zip(tasks, journals, strict=True):
             batches = task.batches(means)
-            journal = Journal(task.folder, means.shard, means.shards)
-            known = journal.read()
+            known = {
+                name: reply for name, reply in journal.read().items() if reply.error is None or not means.retry_failed
+            }
             if all(prompt.id in known for batch in batches for prompt in batch):
                 continue
             if answerer is None:
@@ -65,7 +82,10 @@ def answer(tasks: Sequence[Task], means: Means) -> int:
 def ask(
     task: Task, batches: Sequence[list[Prompt]], journal: Journal, known: dict[str, Reply], answerer: Answerer
 ) -> int:
-    """Asks what isn't `known` yet, and writes each reply down. How many were asked."""
+    """Asks what isn't `known` yet, and writes each reply down. How many were asked.
+
+    UserError when the first HOPELESS questions have failed, all of them: then it isn't the questions' fault.
+    """
     if answerer.keeps_batches:
         todo = [batch for batch in batches if any(prompt.id not in known for prompt in batch)]
         again = {prompt.id for batch in todo for prompt in batch}
@@ -77,16 +97,16 @@ def ask(
     what = task.question.task + ("" if task.question.control == "none" else f" ({task.question.control})")
     running = Running(task.benchmark, task.items, task.question.mode)
     running.add(list(known.values()))
-    try:
-        journal.open(known.values())
-        with progress(what, total) as tell:
-            for replies in answerer.replies([batch for batch in todo if batch]):
-                journal.append(replies)
-                running.add(replies)
-                done, asked = done + len(replies), asked + len(replies)
-                tell(done, running.shown())
-    finally:
-        journal.close()
+    journal.open(known.values())
+    with progress(what, total) as tell:
+        for replies in answerer.replies([batch for batch in todo if batch]):
+            journal.append(replies)
+            running.add(replies)
+            done, asked = done + len(replies), asked + len(replies)
+            tell(done, running.shown())
+            if done == running.failed >= HOPELESS:
+                why = next(reply.error for reply in replies if reply.error is not None)
+                raise UserError(f"the first {done} questions have all failed ({why}); --retry-failed asks them again")
     return asked
 
 
@@ -122,7 +142,7 @@ def opened(task: Task, means: Means) -> Iterator[Answerer]:
         from vlm.checkpoint import load
         from vlm.device import pick_device, pick_dtype
 
-        where = pick_device(means.device)
+        where = pick_device(question.device)
         model, processor = load(question.model, where, pick_dtype(question.precision, where))
         yield LocalModel(model, processor, max_tokens, question.rank)
         return
@@ -130,7 +150,7 @@ def opened(task: Task, means: Means) -> Iterator[Answerer]:
 
     if question.engine == "vllm":
         log = task.folder / "vllm.log"
-        with launched_vllm(question.model, means.vllm_python, question.precision, means.vllm_args, log) as url:
+        with launched_vllm(question.model, means.vllm_python, question.precision, question.vllm_args, log) as url:
             # vLLM takes what generation_config.json says for a request's default
             yield RemoteModel(url, None, max_tokens, means.concurrency, extra={"repetition_penalty": 1.0})
     else:
@@ -146,8 +166,7 @@ def conclude(tasks: Sequence[Task], sources: Sequence[Path], seconds: float, ask
         replies = gather(task, sources if task is tasks[0] else [source / task.question.control for source in sources])
         evaluations.append(Evaluation(task.benchmark, task.items, replies, task.settings, seconds, asked))
     for task, evaluation in zip(tasks, evaluations, strict=True):
-        if asked or not (task.folder / SCORES).is_file():
-            write_outputs(evaluation, task.folder, evaluations[1:] if task is tasks[0] else [])
+        write_outputs(evaluation, task.folder, evaluations[1:] if task is tasks[0] else [])
     return evaluations
 
 
@@ -167,16 +186,21 @@ def gather(task: Task, sources: Sequence[Path]) -> dict[str, Reply]:
 
 def merge(sources: Sequence[Path], out: Path) -> list[Evaluation]:
     """One evaluation folder of those that shards have left, on whatever machines."""
-    held = [read_settings(source) for source in sources]
-    for source, settings in zip(sources, held, strict=True):
-        if settings is None:
-            raise UserError(f"{source}: no evaluation folder")
-        if differing := [name for name in settings if settings[name] != (held[0] or {}).get(name)]:
-            raise UserError(f"{source} and {sources[0]}: evaluations with another {differing[0].replace('_', ' ')}")
-    question = parse(Question, {name: (held[0] or {})[name] for name in Question.__dataclass_fields__}, str(sources[0]))
-    tasks = make_tasks(question, out, all((sources[0] / name).is_dir() for name in CONTROLS[1:]))
-    for task in tasks:
-        if task.question == question and (held[0] or {})["questions_sha256"] != task.settings["questions_sha256"]:
-            raise UserError(f"{question.data}: the questions are others than those of {sources[0]}")
-        Journal(task.folder).claim(task.settings)
-    return conclude(tasks, list(sources), 0.0, 0)
+    held = {source: read_settings(source) for source in sources}
+    first = held[sources[0]]
+    for source, settings in held.items():
+        if not first or not settings or "questions_sha256" not in settings:
+            raise UserError(f"{source if first else sources[0]}: no evaluation folder")
+        if name := differing(first, settings):
+            raise UserError(f"{source} and {sources[0]}: evaluations with another {name.replace('_', ' ')}")
+    assert first
+    with_controls = {source: all((source / name).is_dir() for name in CONTROLS[1:]) for source in sources}
+    if len(set(with_controls.values())) > 1:
+        without = [str(source) for source, there in with_controls.items() if not there]
+        raise UserError(f"{', '.join(without)}: no controls there, which the other parts have")
+    question = parse(Question, {name: first[name] for name in Question.__dataclass_fields__}, str(sources[0]))
+    tasks = make_tasks(question, out, with_controls[sources[0]])
+    if first["questions_sha256"] != tasks[0].settings["questions_sha256"]:
+        raise UserError(f"{question.data}: the questions are others than those of {sources[0]}")
+    with claimed(tasks, Means()):
+        return conclude(tasks, list(sources), 0.0, 0)

@@ -1,5 +1,6 @@
 """What an evaluation asks: settings, questions and prompts, in an order that any number of processes shares."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,9 +41,12 @@ class Question:
     shots: int = 0
     shots_data: Path | None = None
     shots_images: Path | None = None
+    shots_split: str | None = None
     rank: bool = False
     batch_size: int = 64
     precision: str = "auto"
+    device: str = "auto"
+    vllm_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES and not self.engine.startswith(("http://", "https://")):
@@ -63,13 +67,12 @@ class Question:
 class Means:
     """How it is done; nothing of it changes an answer. shard: which of `shards` parts is done here, from 1."""
 
-    device: str = "auto"
+    retry_failed: bool = False
     shard: int = 1
     shards: int = 1
     concurrency: int = 32
     api_key: str | None = None
     vllm_python: str | None = None
-    vllm_args: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def make_tasks(question: Question, out: Path, controls: bool) -> list[Task]:
     shots = None
     if question.shots:
         assert question.shots_data is not None
-        found = load_items(benchmark, question.shots_data, question.shots_images, None)
+        found = load_items(benchmark, question.shots_data, question.shots_images, question.shots_split)
         shots = Shots(question.shots, [item for item in found if item.references], question.seed)
     names = [question.control, *(CONTROLS[1:] if controls else ())]
     sha256 = _hash(question)
@@ -138,5 +141,6 @@ def _settings(question: Question, benchmark: Benchmark, prompts: Sequence[Prompt
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(question).items()}
     settings["prompt"] = question.prompt or benchmark.prompt
     settings["max_tokens"] = question.max_tokens or benchmark.max_tokens
+    settings["engine"] = re.sub(r"//[^/@]*@", "//", question.engine)  # a password is nobody's business
     settings["questions_sha256"] = digest(prompts)
     return settings

@@ -6,24 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.benchmarks import find_benchmark
-from train.evaluation.journal import REPORT, Journal
+from train.evaluation.journal import REPORT
 from train.evaluation.outputs import Evaluation
-from train.evaluation.run import evaluate, merge
+from train.evaluation.run import claimed, evaluate, merge
 from train.evaluation.tasks import Means, Question, make_tasks
 from vlm.errors import UserError
+
+SHOWN = {"none": "shown", "blind": "withheld", "shuffled": "exchanged"}
 
 
 def run_evaluation(question: Question, means: Means, out: Path, controls: bool) -> int:
     """In this process; or, started by accelerate or torchrun, a shard in each, which the first one then merges."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and means.shards == 1:
+        import torch
         from accelerate import PartialState
 
-        state = PartialState(cpu=means.device == "cpu")
-        device = str(state.device) if means.device == "auto" else means.device
-        means = replace(means, device=device, shard=state.process_index + 1, shards=state.num_processes)
+        state = PartialState(cpu=question.device == "cpu")
+        means = replace(means, shard=state.process_index + 1, shards=state.num_processes)
+        if question.device == "auto" and state.device.type == "cuda":
+            torch.cuda.set_device(state.device)
         if state.is_main_process:
-            for task in make_tasks(question, out, controls):
-                Journal(task.folder).claim(task.settings)
+            with claimed(make_tasks(question, out, controls), means):
+                pass
         state.wait_for_everyone()
         evaluate(question, means, out, controls)
         state.wait_for_everyone()
@@ -51,5 +55,5 @@ def tell(evaluations: Sequence[Evaluation], out: Path) -> int:
         print(f"{len(first.failed)} questions failed and are scored as wrong; the first: {first.failed[0].error}")
     for name, why in first.scores.notes.get("skipped", {}).items():
         print(f"{name} is left out: {why}")
-    print(f"n = {first.scores.n}, images: {first.control}, {first.seconds:.1f} s; {out / REPORT}")
+    print(f"n = {first.scores.n}, images: {SHOWN[first.control]}, {first.seconds:.1f} s; {out / REPORT}")
     return 0
