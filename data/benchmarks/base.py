@@ -72,6 +72,10 @@ class Benchmark(ABC):
         """The answers among which the likeliest may be taken, for tasks that give some."""
         return ()
 
+    def wrong(self, item: Item) -> str:
+        """What a file of predictions holds for a question that could not be asked."""
+        return ""
+
     def check_mode(self, mode: str) -> None:
         if mode not in self.modes:
             raise UserError(f"{self.task} is scored in the mode {' or '.join(self.modes)}, not {mode}")

@@ -20,9 +20,11 @@ _LETTER = re.compile(r"([A-Z])(?:\. .*)?", re.DOTALL)
 _SENTENCE = re.compile(r"The answer is ([A-Z])\b")
 _BARE = re.compile(
     r"\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is|:)? *(?:option |choice )?)?"
-    r"[(\[*\"']*([a-z])[)\]*\"'.:,]*(?:[\s.].*)?",
+    r"[(\[*\"']*([a-z])[)\]*\"'.:,]*(?P<rest>[\s.].*)?",
     re.IGNORECASE | re.DOTALL,
 )
+# behind a letter: another one, or that it isn't the answer
+_DOUBT = re.compile(r"\W*(?:(?:or|and)\W+\(?[A-Za-z]\b|[B-Z]\b|A\W*$|(?:is|was)?\W*(?:not|wrong|incorrect|isn't)\b)")
 
 
 class ScienceQA(Benchmark):
@@ -141,7 +143,8 @@ def read_letter(answer: str, choices: Sequence[str]) -> str | None:
         return same[0]
     found = _BARE.fullmatch(text)
     # "A dog" begins with an article
-    if found and found[1].upper() in letters and not re.match(r"\W*a +\w", text, re.IGNORECASE):
+    article = re.match(r"\W*a +\w", text, re.IGNORECASE)
+    if found and found[1].upper() in letters and not article and not _DOUBT.match(found["rest"] or ""):
         return found[1].upper()
     return None
 

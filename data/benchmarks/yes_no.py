@@ -47,6 +47,10 @@ class POPE(Benchmark):
         rows = ({"question_id": as_number(i), "answer": text} for i, text in answers.items())
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
+    def wrong(self, item: Item) -> str:
+        """An empty answer would be read as yes."""
+        return "yes" if item.references and item.references[0] == "no" else "no"
+
     def choices(self, item: Item) -> tuple[str, ...]:
         return ("Yes", "No")
 

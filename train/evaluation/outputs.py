@@ -66,8 +66,9 @@ class Evaluation:
 
 
 def write_outputs(evaluation: Evaluation, folder: Path, controls: Sequence[Evaluation] = ()) -> None:
-    """predictions in the benchmark's own format (a question that failed has an empty answer), scores.json, the page."""
-    answers = {name: reply.answer or "" for name, reply in evaluation.replies.items()}
+    """predictions in the benchmark's own format (a question that failed has a wrong answer), scores.json, the page."""
+    replies, wrong = evaluation.replies, evaluation.benchmark.wrong
+    answers = {item.id: wrong(item) if (said := replies[item.id].answer) is None else said for item in evaluation.items}
     write_aside(folder / evaluation.benchmark.submission_name, evaluation.benchmark.submission(answers))
     write_page(evaluation, folder, controls)
     # at the end, since what has scores is whole

@@ -150,3 +150,17 @@ def test_submissions_read_back(tmp_path: Path) -> None:
     assert (found.answers, found.broken) == ({"3": "A"}, ["outputs[5]: text is needed, not 7"])
     write_lines(path, [{"question_id": 3, "text": 'he said "outputs"'}])
     assert ScienceQA().predictions(path).answers == {"3": 'he said "outputs"'}
+
+
+@pytest.mark.parametrize(
+    "answer", ["B or C", "(B) or (C)", "b or c", "Answer: B or C", "B, C", "A, B", "B, A", "C is wrong"]
+)
+def test_an_answer_that_names_two_letters_or_takes_one_back_names_none(answer: str) -> None:
+    assert read_letter(answer, ["red", "green", "blue"]) is None
+
+
+@pytest.mark.parametrize(
+    "answer", ["B", "b", "(B)", "B.", "B. green", "Answer: B", "The answer is B.", "B because A is not"]
+)
+def test_an_answer_that_names_one_letter_names_it(answer: str) -> None:
+    assert read_letter(answer, ["red", "green", "blue"]) == "B"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data.benchmarks import Item
 from data.benchmarks.yes_no import POPE, says_yes
 from tests.data.benchmarks.files import picture, write, write_lines
 from vlm import UserError
@@ -155,3 +156,11 @@ def test_a_submission_reads_back(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[0]) == {"question_id": 1, "answer": "yes"}
     write(path, [{"question_id": 1, "prompt": "?", "text": "yes"}])  # LLaVA's answers call them text
     assert POPE().predictions(path).answers == {"1": "yes"}
+
+
+@pytest.mark.parametrize(("label", "wrong"), [("yes", "no"), ("no", "yes")])
+def test_a_question_that_failed_is_wrong_in_its_submission_too(label: str, wrong: str) -> None:
+    benchmark = POPE()
+    item = Item("1", "is there?", (label,))
+    assert benchmark.wrong(item) == wrong
+    assert benchmark.score([item], {"1": benchmark.wrong(item)}).metrics["accuracy"] == 0
