@@ -94,9 +94,10 @@ def assert_same(model: Path, data: Path, here: dict[str, str], there: dict[str, 
 
 def test_two_processes_share_the_questions(tmp_path: Path, data: Path) -> None:
     build(tmp_path / "model", "mlp")
-    alone = evaluate(tmp_path / "model", data, tmp_path / "alone", "--controls")
+    options = ("--controls", "--device", "cpu")
+    alone = evaluate(tmp_path / "model", data, tmp_path / "alone", *options)
     torchrun = (sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
-    shared = evaluate(tmp_path / "model", data, tmp_path / "shared", "--controls", "--device", "cpu", launcher=torchrun)
+    shared = evaluate(tmp_path / "model", data, tmp_path / "shared", *options, launcher=torchrun)
     assert shared == alone
     assert without_times(tmp_path / "shared") == without_times(tmp_path / "alone")
     assert len(list((tmp_path / "shared").glob("answers-*-of-2.jsonl"))) == 2
