@@ -166,7 +166,7 @@ class Shard:
     """A tar of samples INDEX.json, INDEX.0.jpg, INDEX.1.png ..."""
 
     def __init__(self, job: Job, path: Path) -> None:
-        self.tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self.tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (__exit__ closes it)
 
     def __enter__(self) -> "Shard":
         return self

@@ -94,6 +94,7 @@ def _write(slot: Path, key: bytes, arrays: Arrays) -> None:
         aside, name = tempfile.mkstemp(dir=slot.parent, suffix=".new")
         try:
             with os.fdopen(aside, "wb") as file:
+                # the stubs know no arrays by names of one's own
                 np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)  # type: ignore[arg-type]
             Path(name).replace(slot)
         except BaseException:

@@ -178,6 +178,7 @@ def index_tar(file: BinaryIO, tell: Tell, shard: Path) -> Arrays:
     with _opened(file, shard) as tar:
         try:
             while (member := tar.next()) is not None:
+                # else it remembers each member; the stubs don't know the list
                 tar.members.clear()  # type: ignore[attr-defined]
                 if member.offset_data + member.size > size:
                     raise UserError(f"{shard}: ends in the middle of {member.name}; was it cut off?")

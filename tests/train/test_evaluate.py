@@ -137,8 +137,14 @@ def test_shards_are_merged_to_the_same_evaluation(
     parts = [str(tmp_path / "part1"), str(tmp_path / "part2")]
     assert main(["eval", "merge", *parts, "--out", str(tmp_path / "merged")]) == 0
     assert scores(tmp_path / "merged") == scores(tmp_path / "whole")
+    before = (tmp_path / "merged" / "scores.json").read_bytes()
+    assert ask(model, data, tmp_path / "merged", "--limit", "2") == 1  # its answers are kept from others
+    assert main(["eval", "merge", parts[0], "--out", str(tmp_path / "merged")]) == 1
+    assert (tmp_path / "merged" / "scores.json").read_bytes() == before
+    assert (tmp_path / "merged" / "settings.json").is_file()
     capsys.readouterr()
     assert main(["eval", "merge", parts[0], "--out", str(tmp_path / "half")]) == 1
+    assert not (tmp_path / "half").exists()
     assert "4 of 12 questions have no answer yet" in capsys.readouterr().err
     assert ask(model, data, tmp_path / "other", "--limit", "3") == 0
     assert main(["eval", "merge", parts[0], str(tmp_path / "other"), "--out", str(tmp_path / "x")]) == 1
@@ -267,6 +273,15 @@ def test_a_run_in_which_nothing_works_stops_early(
     assert ask(model, write_rows(tmp_path / "q.jsonl", rows), tmp_path / "out") == 1
     assert "the first 8 questions have all failed (" in capsys.readouterr().err
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 8
+
+
+def test_prompts_that_are_too_long_do_not_stop_a_run_in_which_others_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_run, "HOPELESS", 8)
+    rows = [{**QUESTION, "id": n, "question": "what? " * (400 if n < 16 else 1)} for n in range(18)]
+    assert ask(model, write_rows(tmp_path / "q.jsonl", rows), tmp_path / "out") == 0
+    assert (scores(tmp_path / "out")["failed"], scores(tmp_path / "out")["n"]) == (16, 18)
 
 
 def test_what_is_told_again_is_told_as_it_is_now(model: Path, tmp_path: Path) -> None:

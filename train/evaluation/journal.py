@@ -12,6 +12,7 @@ from typing import Any
 
 from data.pictures import ImageRef
 from train.evaluation.prompts import Prompt, Reply
+from vlm.checkpoint import read_object
 from vlm.errors import UserError
 
 SETTINGS, SCORES, REPORT = "settings.json", "scores.json", "report.html"
@@ -110,13 +111,7 @@ class Journal:
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / SETTINGS
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    return found if isinstance(found, dict) else None
+    return read_object(path) if path.is_file() else None
 
 
 def read_replies(path: Path) -> list[Reply]:

@@ -96,8 +96,8 @@ class LocalModel:
             texts = answer(batch)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"no memory left for {len(batch.prompts)} questions at once: lower --batch-size; what is answered "
-                "already is kept"
+                f"no memory left for {len(batch.prompts)} questions at once: use a lower --batch-size, and another "
+                "--out, since answers may depend on it"
             ) from None
         answered = [Reply(prompt.id, text) for prompt, text in zip(batch.prompts, texts, strict=True)]
         return [*answered, *batch.failed]

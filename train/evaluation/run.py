@@ -202,5 +202,9 @@ def merge(sources: Sequence[Path], out: Path) -> list[Evaluation]:
     tasks = make_tasks(question, out, with_controls[sources[0]])
     if first["questions_sha256"] != tasks[0].settings["questions_sha256"]:
         raise UserError(f"{question.data}: the questions are others than those of {sources[0]}")
-    with claimed(tasks, Means()):
-        return conclude(tasks, list(sources), 0.0, 0)
+    with claimed(tasks, Means()) as journals:
+        evaluations = conclude(tasks, list(sources), 0.0, 0)
+        if out not in sources:  # without answers of its own it would be free for other settings
+            for journal, evaluation in zip(journals, evaluations, strict=True):
+                journal.open(evaluation.replies.values())
+    return evaluations

@@ -87,13 +87,16 @@ class Task:
     folder: Path
 
     def batches(self, means: Means) -> list[list[Prompt]]:
-        """Of prompts of like length, the longest first; the same ones however many shards there are."""
+        """Of prompts of like length; the same ones however many shards there are.
+
+        The longest first, since they need the most memory; but before them the shortest, which fail only if all do.
+        """
         order = sorted(range(len(self.prompts)), key=lambda index: (-self.prompts[index].size, index))
         size = self.question.batch_size
         chunks = [
             [self.prompts[index] for index in order[start : start + size]] for start in range(0, len(order), size)
         ]
-        return chunks[means.shard - 1 :: means.shards]
+        return [*chunks[-1:], *chunks[:-1]][means.shard - 1 :: means.shards]
 
 
 def make_tasks(question: Question, out: Path, controls: bool) -> list[Task]:
