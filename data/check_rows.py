@@ -11,7 +11,7 @@ import numpy as np
 
 from data.formats import read_row
 from data.looks import look
-from data.pictures import ImageBytes, ImageRef, image_size, load_image
+from data.pictures import ImageBytes, ImageRef, image_size, load_image, read_bytes
 from data.records import Record
 from data.sources import Source
 from vlm.errors import UserError
@@ -184,6 +184,6 @@ def _beginning(image: ImageRef) -> tuple[int, bytes]:
 
 def _contents(image: ImageRef) -> int:
     try:
-        return _number(image.read_bytes() if isinstance(image, Path) else image.read())
-    except OSError:
+        return _number(read_bytes(image))
+    except UserError:
         return 0

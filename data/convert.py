@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from data.pictures import ImageRef
+from data.pictures import ImageRef, read_bytes
 from data.progress import progress
 from data.records import Record
 from data.rows import Source
@@ -213,10 +213,7 @@ def as_line(record: Record, names: list[str]) -> bytes:
 
 def _read(image: ImageRef) -> tuple[bytes, str]:
     """An image's bytes and the suffix that fits them. UserError for what is no image by its header."""
-    try:
-        data = image.read_bytes() if isinstance(image, Path) else image.read()
-    except OSError as error:
-        raise UserError(f"{image}: cannot be read ({error.strerror})") from None
+    data = read_bytes(image)
     return data, f".{image_format(data, str(image)).lower().replace('jpeg', 'jpg')}"
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.ContainerIO import ContainerIO
 
 from vlm.errors import UserError
-from vlm.images import decode_image, decode_size, read_image, read_size
+from vlm.images import decode_image, decode_size, read_file, read_size
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,38 @@ class ImageRow:
         return self.rows.image(self.index)
 
 
-ImageRef = Path | ImageSlice | ImageBytes | ImageRow
+@dataclass(frozen=True)
+class MissingImage:
+    """An image that is named and can't be used; why: a sentence, such as that it isn't there, or lies outside."""
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        raise UserError(self.why)
+
+
+ImageRef = Path | ImageSlice | ImageBytes | ImageRow | MissingImage
+
+
+def read_bytes(image: ImageRef) -> bytes:
+    """As they are stored. UserError when they can't be read."""
+    return read_file(image) if isinstance(image, Path) else image.read()
 
 
 def load_image(image: ImageRef) -> Image.Image:
     """Decoded, RGB, upright. UserError when it is none, or none that may be decoded."""
-    return read_image(image) if isinstance(image, Path) else decode_image(image.read(), str(image))
+    return decode_image(read_bytes(image), str(image))
 
 
 def image_size(image: ImageRef) -> tuple[int, int]:
     """(height, width) that `load_image` will give, from the header."""
     if isinstance(image, Path):
         return read_size(image)
-    if isinstance(image, (ImageBytes, ImageRow)):
-        return decode_size(image.read(), str(image))
-    with image.open() as file:
-        return decode_size(file, str(image))
+    if isinstance(image, ImageSlice):
+        with image.open() as file:
+            return decode_size(file, str(image))
+    return decode_size(image.read(), str(image))

@@ -25,6 +25,8 @@ def run_scoring(options: argparse.Namespace) -> int:
         if not isinstance(benchmark, Captions):
             raise UserError(f"--clip is for captions; {options.task} has its own rules")
         benchmark.clip, benchmark.images = options.clip, options.images
+    elif options.images is not None:
+        raise UserError("--images is for --clip, which compares captions with them")
     if options.bootstrap > MOST_DRAWS:
         raise UserError(
             f"--bootstrap {options.bootstrap}: {MOST_DRAWS:,} draws are the most, and a thousand are enough"

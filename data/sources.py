@@ -111,7 +111,10 @@ def _open(name: str, images: Path | None, format: str | None) -> Source:
     if re.search(r"[{*?\[]", name):
         return _open_files(path, expand(name), images, rows)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w+]+)?", name) and not path.parent.is_dir() and not _has_suffix(path):
-        return _open(f"{HUB}{name}", images, format)
+        try:
+            return _open(f"{HUB}{name}", images, format)
+        except UserError as error:
+            raise UserError(f"{path}: no such file or folder here, and as an id of the hub: {error}") from None
     raise UserError(f"{path}: no such data file")
 
 

@@ -67,6 +67,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "--seed", type=natural, default=0, metavar="N", help="of demonstrations and the shuffled control"
     )
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only part I of N")
+    parser.add_argument("--allow-partial", action="store_true", help="pictures may be missing; their questions fail")
     parser.add_argument("--retry-failed", action="store_true", help="ask questions that failed again")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
@@ -76,7 +77,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", metavar="KEY", help="of a URL (default: $VLM_API_KEY or $OPENAI_API_KEY)")
     parser.add_argument("--vllm-python", metavar="PATH", help="the interpreter that has vLLM (default: this one)")
     parser.add_argument("--vllm-args", metavar="TEXT", default="", help="flags for vLLM's server, in one argument")
-    parser.set_defaults(run=_evaluate, usage_error=parser.error)
+    defaults = vars(parser.parse_args(["MODEL", "--out", "DIR"]))
+    parser.set_defaults(run=_evaluate, usage_error=parser.error, defaults=defaults)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -94,6 +96,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from train.evaluation.tell import run_evaluation, tell
 
     if options.model[0] == "merge" and len(options.model) > 1:
+        told = {name: getattr(options, name) for name in options.defaults}
+        given = [name for name in told if name not in ("model", "out") and told[name] != options.defaults[name]]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            options.usage_error(f"merge takes folders and --out; the parts know their own {flags}")
         return tell(merge([Path(name) for name in options.model[1:]], options.out), options.out)
     if len(options.model) > 1 or options.task is None or options.data is None:
         options.usage_error("one MODEL, --task and --data are needed; or merge, and the folders of shards")
@@ -121,6 +128,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         vllm_args=tuple(shlex.split(options.vllm_args)),
     )
     means = Means(
+        allow_partial=options.allow_partial,
         retry_failed=options.retry_failed,
         shard=options.shard[0],
         shards=options.shard[1],

@@ -7,6 +7,8 @@ import torch
 
 from vlm.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def pick_device(name: str | None = None) -> torch.device:
     """The named device, or the best there is: CUDA, then Apple's MPS, then the CPU."""
@@ -23,8 +25,8 @@ def pick_device(name: str | None = None) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bf16 on CUDA; fp32 on the CPU (faster below a width of about 192) and on MPS."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return DTYPES[name]
 
 
 def keep_freed_memory() -> None:

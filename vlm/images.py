@@ -19,7 +19,7 @@ MAX_PIXELS = 100_000_000
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in a file, as RGB. UserError when there is none, or none that may be decoded."""
-    return decode_image(_read(path), str(path), max_pixels)
+    return decode_image(read_file(path), str(path), max_pixels)
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -28,7 +28,7 @@ def read_size(path: Path) -> tuple[int, int]:
         return decode_size(file, str(path))
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     with _opened(path) as file:
         return file.read()
 

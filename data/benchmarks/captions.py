@@ -15,6 +15,7 @@ from data.benchmarks.ngrams import Corpus, bleu, cider
 from data.benchmarks.predictions import listed
 from data.benchmarks.rouge import rouge_l
 from data.benchmarks.scores import Scores
+from data.pictures import MissingImage
 from vlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,9 +55,7 @@ class Captions(Benchmark):
             found = captions.get(str(row.id), ())
             return Item(str(row.id), "", tuple(found), pictures.by_name(row.file_name))
 
-        items = read_array(path, "images", Image, ask)
-        pictures.check()
-        return items
+        return read_array(path, "images", Image, ask)
 
     def references(self, path: Path) -> list[Item]:
         captions = _captions(path)
@@ -88,9 +87,9 @@ class Captions(Benchmark):
         return Scores(self.task, mode, measures, per_item, {"tokenizer": tokenizer, "skipped": skipped})
 
     def _clipscores(self, clip: str, items: Sequence[Item], answers: Answers) -> dict[str, Measure]:
-        pictures = [item.image for item in items if item.image is not None]
+        pictures = [item.image for item in items if item.image and not isinstance(item.image, MissingImage)]
         if len(pictures) < len(items):
-            names = [item.id for item in items if item.image is None]
+            names = [item.id for item in items if item.image is None or isinstance(item.image, MissingImage)]
             raise UserError(
                 f"CLIPScore needs the pictures, and those of {len(names)} images aren't there ({listed(names)})"
             )

@@ -55,7 +55,6 @@ class ScienceQA(Benchmark):
         items = [item for item in read_object(path, Problem, ask) if item is not None]
         if not items:
             raise UserError(f"{path}: no problem is of the split {wanted!r} (theirs are train, val and test)")
-        pictures.check()
         return items
 
     def references(self, path: Path) -> list[Item]:
@@ -70,12 +69,12 @@ class ScienceQA(Benchmark):
     def predictions(self, path: Path) -> Predictions:
         text = read_text(path)
         try:
-            whole = json.loads(text)
+            whole = json.loads(text, object_pairs_hook=_Object)
         except (ValueError, RecursionError):  # JSON lines
             whole = None
         if not isinstance(whole, dict) or not isinstance(whole.get("outputs"), dict):
             return read_predictions(path, self.id_keys, self.text_keys)
-        found = Predictions(path)
+        found = Predictions(path, repeated=whole["outputs"].repeated)
         for name, answer in whole["outputs"].items():
             if isinstance(answer, str):
                 found.answers[name] = answer
@@ -98,6 +97,19 @@ class ScienceQA(Benchmark):
             if letter is None and answers[item.id] is not None
         ]
         return averaged(self.task, mode, items, right, unparsed=len(unparsed), unparsed_answers=unparsed)
+
+
+class _Object(dict[str, Any]):
+    """The first value of each key of a JSON object, and the keys that come again."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
+        super().__init__()
+        self.repeated: list[str] = []
+        for name, value in pairs:
+            if name in self:
+                self.repeated.append(name)
+            else:
+                self[name] = value
 
 
 class Split(msgspec.Struct):

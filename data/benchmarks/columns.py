@@ -6,6 +6,7 @@ from typing import Any
 
 from data.benchmarks.base import Benchmark, Item
 from data.benchmarks.choice import Problem, make_item
+from data.benchmarks.gqa import Types, groups
 from data.benchmarks.vqa import objects
 from data.columns import HUB, Columns
 from data.pictures import ImageRef, ImageRow
@@ -27,7 +28,7 @@ def load_items(benchmark: Benchmark, data: Path, images: Path | None, split: str
 def _is_columns(data: Path) -> bool:
     """Not a folder or a file of the official kind."""
     name = str(data)
-    if name.startswith(HUB) or (not data.exists() and name.count("/") == 1 and not data.suffix):
+    if name.startswith(HUB) or (name.count("/") == 1 and not data.suffix and not data.parent.is_dir()):
         return True
     if data.is_dir():
         return any((data / file).is_file() for file in ("state.json", "dataset_dict.json")) or any(
@@ -81,7 +82,9 @@ def _pope(row: Row, index: int, image: ImageRef | None) -> Item:
 
 
 def _gqa(row: Row, index: int, image: ImageRef | None) -> Item:
-    return Item(_id(row, index, "id", "question_id"), row["question"], (row["answer"],), image)
+    types = row.get("types")
+    kinds = groups(Types(types.get("structural"), types.get("semantic"))) if isinstance(types, dict) else ()
+    return Item(_id(row, index, "id", "question_id"), row["question"], (row["answer"],), image, kinds)
 
 
 def _science_qa(row: Row, index: int, image: ImageRef | None) -> Item:

@@ -8,6 +8,7 @@ from typing import Any
 from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.predictions import as_id
 from data.benchmarks.scores import Scores
+from data.pictures import ImageRef, MissingImage
 from data.records import find_image
 from data.rows import Source
 from data.sources import open_source
@@ -35,7 +36,7 @@ class Exact(Benchmark):
             item, row, where = _item(source, index)
             if not isinstance(row.get("question"), str):
                 raise UserError(f"{where}: a row needs a question, which is text")
-            image = find_image(where, row["image"], source.images) if row.get("image") is not None else None
+            image = _image(row.get("image"), where, source.images)
             items.append(Item(item.id, row["question"], item.references, image, item.groups))
         return items
 
@@ -70,6 +71,17 @@ def _item(source: Source, index: int) -> tuple[Item, dict[str, Any], str]:
         raise UserError(f"{where}: an id is a number or text")
     kind = row.get("kind", row.get("object"))
     return Item(name, "", (row["answer"],), None, () if kind is None else (f"accuracy/{kind}",)), row, where
+
+
+def _image(name: Any, where: str, folder: Path) -> ImageRef | None:
+    if name is None:
+        return None
+    try:
+        return find_image(where, name, folder)
+    except UserError as error:
+        if not isinstance(name, str) or not name:
+            raise
+        return MissingImage(name, str(error))
 
 
 def _normalise(text: str) -> str:

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from data.benchmarks.base import Item
 from data.benchmarks.predictions import listed
+from data.pictures import MissingImage
 from data.records import IMAGE_SUFFIXES, find_image
 from vlm.errors import UserError, first_line
 
@@ -45,7 +47,7 @@ class Files:
         found = [path for path in fitting if self.split is None or self.split.lower() in path.name.lower()]
         if len(found) > 1:
             names = listed([path.name for path in found])
-            raise UserError(f"{self.data}: several files fit ({names}); name one as --data, or a --split")
+            raise UserError(f"{self.data}: several files fit ({names}); name one of them, or its split")
         if found:
             return found[0]
         others = f" (of other splits there are {listed([path.name for path in fitting])})" if fitting else ""
@@ -74,7 +76,6 @@ class Pictures:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.missing: list[str] = []
 
     @cached_property
     def _numbered(self) -> dict[str, Path]:
@@ -88,26 +89,31 @@ class Pictures:
                         found.setdefault(_number(stem.rpartition("_")[2]), folder / name)
         return found
 
-    def by_number(self, number: int | str) -> Path | None:
-        found = self._numbered.get(_number(str(number)))
-        if found is None:
-            self.missing.append(f"of image {number}")
-        return found
+    def by_number(self, number: int | str) -> Path | MissingImage:
+        return self._numbered.get(_number(str(number))) or self._missing(f"of image {number}")
 
-    def by_name(self, name: str, folders: Sequence[str] = IMAGE_SETS) -> Path | None:
+    def by_name(self, name: str, folders: Sequence[str] = IMAGE_SETS) -> Path | MissingImage:
         """`name` in the folder or in one of `folders` in it; never outside."""
         for candidate in (name, *(f"{folder}/{name}" for folder in folders)):
             try:
                 return find_image("", candidate, self.folder)
             except UserError:
                 continue
-        self.missing.append(name)
-        return None
+        return self._missing(name)
 
-    def check(self) -> None:
-        if self.missing:
-            names = list(dict.fromkeys(self.missing))
-            raise UserError(f"{self.folder}: {len(names)} pictures are not there ({listed(names)})")
+    def _missing(self, name: str) -> MissingImage:
+        return MissingImage(name, f"{self.folder}: no picture {name}")
+
+
+def check_pictures(items: Sequence[Item]) -> None:
+    """UserError when pictures of theirs are missing."""
+    missing = [item.image for item in items if isinstance(item.image, MissingImage)]
+    if missing:
+        names = list(dict.fromkeys(image.name for image in missing))
+        raise UserError(
+            f"{len(names)} pictures are not there ({listed(names)}), such as {missing[0].why}; --allow-partial asks "
+            f"without them, and counts their {len(missing)} questions as wrong"
+        )
 
 
 def image_sets(path: Path) -> list[str]:
@@ -161,5 +167,7 @@ def _decode(path: Path, kind: Any, needed: str) -> Any:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except msgspec.ValidationError as error:
         raise UserError(f"{path}: {needed} is needed ({first_line(error)})") from None
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({first_line(error)})") from None

@@ -51,14 +51,12 @@ class GQA(Benchmark):
         def ask(key: str, row: Question) -> Item:
             references = () if row.answer is None else (row.answer,)
             image = pictures.by_name(f"{row.imageId}.jpg", ["images"])
-            return Item(key, row.question, references, image, _groups(row.types))
+            return Item(key, row.question, references, image, groups(row.types))
 
-        items = read_object(path, Question, ask)
-        pictures.check()
-        return items
+        return read_object(path, Question, ask)
 
     def references(self, path: Path) -> list[Item]:
-        return read_object(path, Reference, lambda key, row: Item(key, "", (row.answer,), None, _groups(row.types)))
+        return read_object(path, Reference, lambda key, row: Item(key, "", (row.answer,), None, groups(row.types)))
 
     def submission(self, answers: Mapping[str, str]) -> str:
         return json.dumps([{"questionId": i, "prediction": normalise(text)} for i, text in answers.items()])
@@ -76,9 +74,11 @@ def normalise(text: str) -> str:
     return text.strip().rstrip(".,;:!? ").lower()
 
 
-def _groups(types: Types | None) -> tuple[str, ...]:
-    if types is None:
-        return ()
-    kinds = [f"structural/{types.structural}"] if types.structural else []
-    kinds += [f"semantic/{types.semantic}"] if types.semantic else []
-    return ("accuracy/open" if types.structural == "query" else "accuracy/binary", *kinds)
+def groups(types: Types | None) -> tuple[str, ...]:
+    found: list[str] = []
+    if types is not None and types.structural:
+        found += ["accuracy/open" if types.structural == "query" else "accuracy/binary"]
+        found += [f"structural/{types.structural}"]
+    if types is not None and types.semantic:
+        found += [f"semantic/{types.semantic}"]
+    return tuple(found)

@@ -66,8 +66,9 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Me
         assert program.stdout is not None
         for hypothesis, others in zip(hypotheses, references, strict=True):
             text = hypothesis.replace("|||", "").replace("  ", " ")  # as the COCO script does
+            line = " ||| ".join(("SCORE", *others, text))
             with suppress(BrokenPipeError):  # it ended, and what it said of that is told below
-                program.stdin.write(" ||| ".join(("SCORE", *others, text)) + "\n")
+                program.stdin.write(" ".join(line.splitlines()) + "\n")
                 program.stdin.flush()
             told = program.stdout.readline()
             if len(told.split()) != 23:

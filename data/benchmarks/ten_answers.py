@@ -38,9 +38,7 @@ class TextVQA(Benchmark):
             image = pictures.by_name(f"{row.image_id}.jpg", ["train_images", "test_images"])
             return Item(str(row.question_id), row.question, tuple(row.answers), image)
 
-        items = read_array(path, "data", TextQuestion, ask)
-        pictures.check()
-        return items
+        return read_array(path, "data", TextQuestion, ask)
 
     def references(self, path: Path) -> list[Item]:
         return read_array(
@@ -88,9 +86,7 @@ class VizWiz(VQA):
             image = pictures.by_name(row.image, ["val", "test", "train"])
             return _photo(row, row.question, image)
 
-        items = read_array(path, None, Photo, ask)
-        pictures.check()
-        return items
+        return read_array(path, None, Photo, ask)
 
     def references(self, path: Path) -> list[Item]:
         return read_array(path, None, PhotoReference, lambda _, row: _photo(row, "", None))

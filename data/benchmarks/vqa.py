@@ -42,9 +42,7 @@ class VQA(Benchmark):
             told = known.get(str(row.question_id), Item(str(row.question_id), "", ()))
             return replace(told, question=row.question, image=pictures.by_number(row.image_id))
 
-        items = read_array(questions, "questions", Question, ask)
-        pictures.check()
-        return items
+        return read_array(questions, "questions", Question, ask)
 
     def references(self, path: Path) -> list[Item]:
         return read_array(path, "annotations", Annotation, lambda _, row: make_item(row))

@@ -33,12 +33,10 @@ class POPE(Benchmark):
         path = files.find("*pope*.json*", f"coco_pope_{split or 'random'}.json")
         files.check()
         pictures = files.pictures(images, ["val2014", *image_sets(path)])
-        items = [
+        return [
             Item(name, question, (label,), pictures.by_name(image))
             for name, question, label, image in self._rows(path, asked=True)
         ]
-        pictures.check()
-        return items
 
     def references(self, path: Path) -> list[Item]:
         return [Item(name, "", (label,)) for name, _, label, _ in self._rows(path, asked=False)]

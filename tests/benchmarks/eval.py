@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import DEVNULL, run
 from typing import Any
 
-from eval_work import write_captions, write_vqa
 from support import COMMAND, figures, head, line, middles, others
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +44,10 @@ class Bench:
         """Figures of a piece of eval_work.py, once for each round."""
         return self.run(name, [sys.executable, str(HERE / "eval_work.py"), name, json.dumps(options)])
 
+    def write(self, name: str, **options: Any) -> None:
+        """In a process of its own, since the peak of memory of one counts for those that it starts."""
+        run([sys.executable, str(HERE / "eval_work.py"), name, json.dumps(options)], check=True, stdout=DEVNULL)
+
     def run(self, name: str, command: Sequence[str], cores: int = 1) -> list[dict[str, Any]]:
         os.sched_setaffinity(0, sorted(CORES)[-cores:])  # a process that is started has them, too
         env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -55,8 +59,8 @@ class Bench:
 def measure_vqa(bench: Bench) -> None:
     """The scoring alone, and the whole commands with their reading of the files."""
     annotations, predictions = bench.folder / "annotations.json", bench.folder / "predictions.json"
-    write_vqa(annotations, predictions, bench.size(QUESTIONS))
     names = {"annotations": str(annotations), "predictions": str(predictions)}
+    bench.write("write_vqa", **names, count=bench.size(QUESTIONS))
     head("VQA accuracy", "", "questions", "ours, s", "the official loop, s", "ratio", "ours, peak MB", "others")
     found = bench.work("score_vqa", **names)
     line("scoring", *(middles(found, "questions", digits=0)), *middles(found, "ours", "port", "ratio", digits=2), "",
@@ -73,7 +77,7 @@ def measure_vqa(bench: Bench) -> None:
 
 def measure_captions(bench: Bench) -> None:
     path = bench.folder / "captions.json"
-    write_captions(path, bench.size(IMAGES))
+    bench.write("write_captions", path=str(path), count=bench.size(IMAGES))
     found = bench.work("score_captions", path=str(path))
     if any(each["apart"] > 1e-6 for each in found):
         raise SystemExit("the scores differ")

@@ -38,7 +38,7 @@ class Words:
         return self.rng.choices(self.words, cum_weights=self.weights, k=count)
 
 
-def write_vqa(annotations: Path, predictions: Path, count: int) -> None:
+def write_vqa(annotations: str, predictions: str, count: int) -> Figures:
     """As VQAv2 val: 38 % yes or no, 12 % numbers; ten equal answers in about two questions of five."""
     rng = random.Random(SEED)
     words = Words(20_000, rng)
@@ -57,16 +57,17 @@ def write_vqa(annotations: Path, predictions: Path, count: int) -> None:
         question = {"question_id": number * 1000, "image_id": number // 5, "multiple_choice_answer": right}
         rows.append({**question, "question_type": rng.choice(begins), "answer_type": kind, "answers": told})
         said.append({"question_id": number * 1000, "answer": rng.choices([right, *other], [60, 20, 10, 10])[0]})
-    annotations.write_text(json.dumps({"info": {}, "license": {}, "annotations": rows}), encoding="utf-8")
-    predictions.write_text(json.dumps(said), encoding="utf-8")
+    Path(annotations).write_text(json.dumps({"info": {}, "license": {}, "annotations": rows}), encoding="utf-8")
+    Path(predictions).write_text(json.dumps(said), encoding="utf-8")
+    return {}
 
 
-def write_captions(path: Path, images: int) -> None:
+def write_captions(path: str, count: int) -> Figures:
     """Tokenised captions, [said, five references] of each image, which share words as descriptions of one thing do."""
     rng = random.Random(SEED)
     words = Words(10_000, rng)
     rows = []
-    for _ in range(images):
+    for _ in range(count):
         shown = words.some(14)
         texts = []
         for _ in range(6):
@@ -74,7 +75,8 @@ def write_captions(path: Path, images: int) -> None:
             own = [rng.choice(shown) if rng.random() < 0.3 else word for word in shown[begin : begin + 10]]
             texts.append(" ".join(word if rng.random() < 0.7 else words.some(1)[0] for word in own))
         rows.append([texts[0], texts[1:]])
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    Path(path).write_text(json.dumps(rows), encoding="utf-8")
+    return {}
 
 
 def score_vqa(annotations: str, predictions: str) -> Figures:
@@ -137,7 +139,7 @@ def score_captions(path: str) -> Figures:
 
 
 WORK: dict[str, Callable[..., Figures]] = {
-    work.__name__: work for work in (score_vqa, official_command, score_captions)
+    work.__name__: work for work in (write_vqa, write_captions, score_vqa, official_command, score_captions)
 }
 
 

@@ -4,6 +4,7 @@ processes, and tables of them."""
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -87,11 +88,12 @@ def figures(command: Sequence[str], patience: float, env: Mapping[str, str]) -> 
             raise SystemExit(f"{' '.join(command)} failed; its message stands above")
         lines = Path(file.name).read_text(encoding="utf-8").splitlines()
     cpu = usage.ru_utime + usage.ru_stime
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # a child's peak is never below that of its parent
     return {
         **json.loads(lines[-1]),
         "seconds": seconds,
         "cpu": cpu,
-        "peak_mb": usage.ru_maxrss * 1024 / 1e6,
+        "peak_mb": usage.ru_maxrss * 1024 / 1e6 if usage.ru_maxrss > own else float("nan"),
         "others": max(0.0, spent - cpu) / seconds,
     }
 

@@ -86,6 +86,21 @@ def test_rows_without_a_picture_have_none(tmp_path: Path) -> None:
     assert [item.image is None for item in read(tmp_path, "exact", rows)] == [False, True]
 
 
+def test_questions_of_gqa_keep_their_kinds(tmp_path: Path) -> None:
+    types = [
+        {"structural": "query", "semantic": "rel", "detailed": "x"},
+        {"structural": "verify", "semantic": None, "detailed": "x"},
+        {"structural": None, "semantic": "obj", "detailed": None},
+    ]
+    row = {"question": "what?", "answer": "red", "image": png(5)}
+    items = read(tmp_path, "gqa", [{**row, "id": str(n), "types": one} for n, one in enumerate(types)])
+    assert [item.groups for item in items] == [
+        ("accuracy/open", "structural/query", "semantic/rel"),
+        ("accuracy/binary", "structural/verify"),
+        ("semantic/obj",),
+    ]
+
+
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\[0\]: needs a column 'question', to be a question of gqa"):
         read(tmp_path, "gqa", [{"id": "a", "answer": "x", "image": png(5)}])

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data.convert import Converted, Job, convert
-from data.pictures import ImageRef
+from data.pictures import read_bytes
 from data.records import Record
 from data.sources import Source, open_source
 from vlm import UserError
@@ -59,13 +59,9 @@ def rows_file(folder: Path, rows: list[Any]) -> Path:
     return path
 
 
-def content(image: ImageRef) -> bytes:
-    return image.read_bytes() if isinstance(image, Path) else image.read()
-
-
 def meaning(record: Record) -> tuple[Any, ...]:
     """A record without the places where its parts lie."""
-    return record.messages, tuple(map(content, record.images)), record.captions, record.kind
+    return record.messages, tuple(map(read_bytes, record.images)), record.captions, record.kind
 
 
 def meanings(source: Source) -> list[tuple[Any, ...]]:

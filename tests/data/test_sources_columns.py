@@ -190,9 +190,11 @@ def test_what_is_neither_here_nor_a_hub_id_is_no_data_file(tmp_path: Path, monke
         with pytest.raises(UserError, match=f"{name}: no such data file"):
             open_source(name)
     assert not asked
-    for name in ("owner/name", "hub:owner/name:part@train"):
-        with pytest.raises(UserError, match=r"hub:owner/name.*: cannot be read \(no way\)"):
-            open_source(name)
+    failed = r"hub:owner/name.*: cannot be read \(no way\)"
+    with pytest.raises(UserError, match=f"^owner/name: no such file or folder here, and as an id of the hub: {failed}"):
+        open_source("owner/name")
+    with pytest.raises(UserError, match=f"^{failed}"):
+        open_source("hub:owner/name:part@train")
     whole, part = {"streaming": False}, {"split": "train", "streaming": False}
     assert asked == [(("owner/name", None), whole), (("owner/name", "part"), part)]
 

@@ -10,53 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.train.recipes import chat_recipe, write_recipe
+from tests.train.evaluations import QUESTION, ask, scores, write_rows
 from train.evaluation import run as evaluation_run
 from train.evaluation.local import LocalModel
 from train.evaluation.prompts import Prompt, Reply, Turn
 from vlm.checkpoint import load
 from vlm.cli import main
 from vlm.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def model(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluated")
-    recipe = write_recipe(folder / "r.yaml", chat_recipe(scenes, steps=1))
-    assert main(["train", str(recipe), "--out", str(folder / "run")]) == 0
-    return folder / "run" / "model"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve questions on four pictures."""
-    folder = tmp_path_factory.mktemp("questions")
-    for number in range(4):
-        Image.new("RGB", (32, 32), (60 * number, 200 - 40 * number, 90)).save(folder / f"{number}.png")
-    rows = [
-        {"id": f"q{n}", "image": f"{n % 4}.png", "question": "what " * (n + 1), "answer": "red", "kind": f"k{n % 2}"}
-        for n in range(12)
-    ]
-    return write_rows(folder / "q.jsonl", rows)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def ask(model: Path, data: Path, out: Path, *options: str, task: str = "exact") -> int:
-    options = ("--max-tokens", "6", "--batch-size", "4", *options)
-    return main(["eval", str(model), "--task", task, "--data", str(data), "--out", str(out), *options])
-
-
-def scores(folder: Path) -> dict[str, Any]:
-    """Without what takes its time."""
-    found = json.loads((folder / "scores.json").read_text())
-    return {name: value for name, value in found.items() if "seconds" not in name}
-
-
-QUESTION = {"id": "a", "question": "what is it?", "answer": "a circle"}
 
 
 def test_a_folder_holds_predictions_scores_and_a_page(
@@ -71,6 +31,7 @@ def test_a_folder_holds_predictions_scores_and_a_page(
     assert set(found["metrics"]) == {"accuracy", "accuracy/k0", "accuracy/k1"} == set(found["intervals"])
     assert found["settings"]["max_tokens"] == 6
     assert len(found["settings"]["model_sha256"]) == 64
+    assert "auto" not in (found["settings"]["device"], found["settings"]["precision"])
     assert found["versions"]["torch"]
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"q{n}" for n in range(12)]
@@ -128,29 +89,6 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert asked == []
 
 
-def test_shards_are_merged_to_the_same_evaluation(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert ask(model, data, tmp_path / "whole", "--controls") == 0
-    for part in (1, 2):
-        assert ask(model, data, tmp_path / f"part{part}", "--shard", f"{part}/2", "--controls") == 0
-    parts = [str(tmp_path / "part1"), str(tmp_path / "part2")]
-    assert main(["eval", "merge", *parts, "--out", str(tmp_path / "merged")]) == 0
-    assert scores(tmp_path / "merged") == scores(tmp_path / "whole")
-    before = (tmp_path / "merged" / "scores.json").read_bytes()
-    assert ask(model, data, tmp_path / "merged", "--limit", "2") == 1  # its answers are kept from others
-    assert main(["eval", "merge", parts[0], "--out", str(tmp_path / "merged")]) == 1
-    assert (tmp_path / "merged" / "scores.json").read_bytes() == before
-    assert (tmp_path / "merged" / "settings.json").is_file()
-    capsys.readouterr()
-    assert main(["eval", "merge", parts[0], "--out", str(tmp_path / "half")]) == 1
-    assert not (tmp_path / "half").exists()
-    assert "4 of 12 questions have no answer yet" in capsys.readouterr().err
-    assert ask(model, data, tmp_path / "other", "--limit", "3") == 0
-    assert main(["eval", "merge", parts[0], str(tmp_path / "other"), "--out", str(tmp_path / "x")]) == 1
-    assert "evaluations with another limit" in capsys.readouterr().err
-
-
 def test_what_fails_is_recorded_and_wrong(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -169,59 +107,6 @@ def test_what_fails_is_recorded_and_wrong(model: Path, tmp_path: Path, capsys: p
     assert '"failed"' in (tmp_path / "out" / "report.html").read_text()
     assert ask(model, write_rows(tmp_path / "q2.jsonl", rows[1:]), tmp_path / "none") == 1
     assert "every question failed; the first: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["folder", "file", "here"])
-def test_nothing_but_an_evaluation_is_touched(
-    model: Path,
-    data: Path,
-    tmp_path: Path,
-    kind: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    precious = tmp_path / "precious"
-    if kind == "file":
-        precious.write_text("thesis")
-    else:
-        precious.mkdir()
-        (precious / "thesis.txt").write_text("thesis")
-    if kind == "here":
-        monkeypatch.chdir(precious)
-    before = sorted(path.name for path in tmp_path.rglob("*"))
-    assert ask(model, data, Path() if kind == "here" else precious) == 1
-    assert "not an evaluation folder; use another --out" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
-
-
-def test_another_evaluation_needs_another_folder(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert ask(model, data, tmp_path / "out", "--limit", "2") == 0
-    before = (tmp_path / "out" / "answers.jsonl").read_bytes()
-    assert ask(model, data, tmp_path / "out", "--limit", "3") == 1
-    assert "out: holds an evaluation with another limit (2, and not 3); use another --out" in capsys.readouterr().err
-    assert ask(model, data, tmp_path / "out", "--limit", "2", "--control", "blind") == 1
-    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
-
-
-def test_two_at_once_in_one_folder_are_one_too_many(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real, told = LocalModel._generate, list[int]()
-
-    def meanwhile(self: LocalModel, batch: Any) -> list[str]:
-        if not told:
-            told.append(0)
-            told[0] = ask(model, data, tmp_path / "out")
-        return real(self, batch)
-
-    monkeypatch.setattr(LocalModel, "_generate", meanwhile)
-    assert ask(model, data, tmp_path / "out") == 0
-    assert told == [1]
-    assert "out: another process is at work on this evaluation" in capsys.readouterr().err
-    assert scores(tmp_path / "out")["n"] == 12
-    assert not list((tmp_path / "out").glob("*.lock"))
 
 
 @pytest.mark.parametrize(
@@ -284,44 +169,6 @@ def test_prompts_that_are_too_long_do_not_stop_a_run_in_which_others_work(
     assert (scores(tmp_path / "out")["failed"], scores(tmp_path / "out")["n"]) == (16, 18)
 
 
-def test_what_is_told_again_is_told_as_it_is_now(model: Path, tmp_path: Path) -> None:
-    """Other references and modes score the same answers; other pictures under the same names ask again."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    row = {**QUESTION, "image": "a.png"}
-    assert ask(model, write_rows(tmp_path / "q.jsonl", [row]), tmp_path / "out") == 0
-    before = json.loads((tmp_path / "out" / "scores.json").read_text())
-    said = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())["answer"]
-    right = {**row, "answer": f"{said.upper()}."}
-    assert ask(model, write_rows(tmp_path / "q.jsonl", [right]), tmp_path / "out", "--mode", "normalised") == 0
-    after = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert (before["metrics"]["accuracy"], after["metrics"]["accuracy"], after["mode"]) == (0, 1, "normalised")
-    assert after["seconds"] == before["seconds"] > 0
-    Image.new("RGB", (90, 80), "red").save(tmp_path / "a.png")
-    assert ask(model, tmp_path / "q.jsonl", tmp_path / "out") == 1
-
-
-def test_parts_of_other_machines_have_other_paths(model: Path, data: Path, tmp_path: Path) -> None:
-    for part in (1, 2):
-        shutil.copytree(data.parent, tmp_path / f"data{part}")
-        there = tmp_path / f"data{part}" / data.name
-        assert ask(model, there, tmp_path / f"part{part}", "--shard", f"{part}/2") == 0
-    parts = [str(tmp_path / "part1"), str(tmp_path / "part2")]
-    assert main(["eval", "merge", *parts, "--out", str(tmp_path / "merged")]) == 0
-    assert scores(tmp_path / "merged")["n"] == 12
-
-
-def test_a_model_that_cannot_be_loaded_leaves_nothing(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(model, broken)
-    for path in broken.glob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[:5000])
-    assert ask(broken, data, tmp_path / "out", "--controls") == 1
-    assert "cut off or broken" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("option", "value", "complaint"),
     [
@@ -338,6 +185,10 @@ def test_numbers_out_of_range_are_usage_errors(
     assert f"argument {option}: {complaint}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["eval", "MODEL", "--out", str(tmp_path)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["eval", "merge", "a", "--out", str(tmp_path), "--task", "exact", "--limit", "3"])
+    assert "the parts know their own --task, --limit" in capsys.readouterr().err
 
 
 def test_an_answer_may_fill_the_context_to_its_end(model: Path) -> None:

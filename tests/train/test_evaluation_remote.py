@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -107,7 +108,21 @@ def test_the_prompt_is_sent_as_a_chat_with_the_pictures_own_bytes(fake: Fake, tm
     assert fake.keys == ["Bearer sesame"]
 
 
-def test_a_busy_server_is_asked_again_and_a_refused_question_fails_alone(fake: Fake) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_picture_of_a_format_that_servers_do_not_take_is_sent_as_png(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.image"
+    Image.effect_noise((9, 7), 90).convert("RGB").save(path, kind)
+    head, _, data = remote.data_url(path).partition(";base64,")
+    kept = kind in ("JPEG", "PNG", "GIF", "WEBP")
+    assert head == f"data:image/{kind.lower() if kept else 'png'}"
+    assert (base64.b64decode(data) == path.read_bytes()) is kept
+    with Image.open(io.BytesIO(base64.b64decode(data))) as sent, Image.open(path) as ours:
+        assert sent.convert("RGB").tobytes() == ours.convert("RGB").tobytes()
+
+
+def test_a_busy_server_is_asked_again_and_a_refused_question_fails_alone(
+    fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
     busy = iter([refused(429, "full", **{"Retry-After": "3"}), refused(503, "draining"), refused(500, "oh")])
 
     def answer(body: dict[str, Any]) -> Answer:
@@ -120,6 +135,9 @@ def test_a_busy_server_is_asked_again_and_a_refused_question_fails_alone(fake: F
     assert told.pop("3") == (None, "400: too long for the context")
     assert set(told.values()) == {("red", None)}
     assert len(fake.asked) == 23
+    complaints = capsys.readouterr().err.splitlines()
+    assert len(complaints) == 1
+    assert re.fullmatch(rf"{fake.url}/v1: (429: full|503: draining|500: oh); asking again \(2 of 6\)", complaints[0])
 
 
 def test_what_would_fail_every_question_ends_the_run(fake: Fake) -> None:

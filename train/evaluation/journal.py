@@ -124,7 +124,7 @@ def read_replies(path: Path) -> list[Reply]:
         except ValueError:
             continue  # cut off by a kill, or empty
         if isinstance(row, dict) and isinstance(row.get("id"), str):
-            found.append(Reply(row["id"], row.get("answer"), row.get("error")))
+            found.append(Reply(row["id"], row.get("answer"), row.get("error"), row.get("seconds", 0.0)))
     return found
 
 

@@ -30,14 +30,13 @@ _pages = jinja2.Environment(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Items and what became of each; `asked` of them in this run, in `seconds`."""
+    """Items, the image that each was asked about, and what became of it."""
 
     benchmark: Benchmark
     items: list[Item]
     replies: dict[str, Reply]
     settings: Mapping[str, Any]
-    seconds: float
-    asked: int
+    images: Mapping[str, ImageRef | None]
 
     @property
     def control(self) -> str:
@@ -61,6 +60,11 @@ class Evaluation:
         return [reply for reply in self.replies.values() if reply.error is not None]
 
     @property
+    def seconds(self) -> float:
+        """That asking took, of all runs and processes together; loading the model not counted."""
+        return sum(reply.seconds for reply in self.replies.values())
+
+    @property
     def unscored(self) -> int:
         return len(self.items) - self.scores.n
 
@@ -72,11 +76,7 @@ def write_outputs(evaluation: Evaluation, folder: Path, controls: Sequence[Evalu
     write_aside(folder / evaluation.benchmark.submission_name, evaluation.benchmark.submission(answers))
     write_page(evaluation, folder, controls)
     # at the end, since what has scores is whole
-    told = as_json(evaluation, controls)
-    if not evaluation.asked and (folder / SCORES).is_file():  # told again: the time is that of the asking
-        before = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-        told |= {name: before[name] for name in ("seconds", "seconds_per_question")}
-    write_aside(folder / SCORES, json.dumps(told, indent=1, ensure_ascii=False))
+    write_aside(folder / SCORES, json.dumps(as_json(evaluation, controls), indent=1, ensure_ascii=False))
 
 
 def as_json(evaluation: Evaluation, controls: Sequence[Evaluation] = ()) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def as_json(evaluation: Evaluation, controls: Sequence[Evaluation] = ()) -> dict
         **evaluation.scores.as_json(per_item=False),
         "intervals": evaluation.intervals,
         "failed": len(failed),
-        "failures": [reply.as_json() for reply in failed],
+        "failures": [{"id": reply.id, "error": reply.error} for reply in failed],
         "unscored": evaluation.unscored,
         "prompt": evaluation.settings["prompt"],
         "control": evaluation.control,
@@ -97,7 +97,7 @@ def as_json(evaluation: Evaluation, controls: Sequence[Evaluation] = ()) -> dict
         "versions": versions(),
         "per_item": evaluation.scores.per_item,
         "seconds": round(evaluation.seconds, 3),
-        "seconds_per_question": round(evaluation.seconds / evaluation.asked, 6) if evaluation.asked else None,
+        "seconds_per_question": round(evaluation.seconds / len(evaluation.items), 6),
     }
 
 
@@ -144,7 +144,7 @@ def _card(evaluation: Evaluation, item: Item, number: int, thumbnails: Path) -> 
         "references": _counted(item.references),
         "score": None if score is None else round(score, 4),
         "groups": list(item.groups),
-        "image": _thumbnail(item.image, thumbnails / f"{number}.jpg"),
+        "image": _thumbnail(evaluation.images[item.id], thumbnails / f"{number}.jpg"),
     }
 
 

@@ -52,18 +52,20 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What became of a prompt: its answer, or why it has none."""
+    """What became of a prompt: its answer, or why it has none; seconds: its part of the time that asking took."""
 
     id: str
     answer: str | None
     error: str | None = None
+    seconds: float = 0.0
 
     @classmethod
     def failed(cls, prompt: Prompt, why: object) -> "Reply":
         return cls(prompt.id, None, str(why))
 
-    def as_json(self) -> Mapping[str, str | None]:
-        return {"id": self.id, **({"answer": self.answer} if self.error is None else {"error": self.error})}
+    def as_json(self) -> Mapping[str, str | float | None]:
+        said = {"answer": self.answer} if self.error is None else {"error": self.error}
+        return {"id": self.id, **said, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)

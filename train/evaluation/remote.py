@@ -1,6 +1,7 @@
 """Answers of a server that speaks OpenAI's chat completions: any URL, or vLLM started for the purpose."""
 
 import base64
+import io
 import json
 import os
 import random
@@ -15,18 +16,20 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
-from data.pictures import ImageRef, image_size
+from data.pictures import ImageRef, load_image, read_bytes
 from serve.child import end_with_parent
 from train.evaluation.prompts import Prompt, Reply
 from vlm.errors import UserError, first_line
 from vlm.hub import fetch
+from vlm.images import image_format
 
 TRIES = 6
 TIMEOUT = 600.0  # seconds for one answer
 READY_WITHIN = 1800.0  # seconds that a server may take to load its model
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _OURS = (400, 413, 415, 422)  # of one question's; others are everyone's
-_TYPES = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+_SENT = ("JPEG", "PNG", "GIF", "WEBP")  # as they are
+_COMPLAINTS_APART = 30.0  # seconds
 
 
 class RemoteModel:
@@ -51,6 +54,7 @@ class RemoteModel:
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self.client = httpx.Client(headers=headers, timeout=httpx.Timeout(TIMEOUT, connect=30.0), limits=limits)
         self.concurrency, self.stopped = concurrency, Event()
+        self.complained = -_COMPLAINTS_APART
         self.name = self._find(model)
         self.settings = {"temperature": 0, "max_tokens": max_tokens, **(extra or {})}
 
@@ -134,7 +138,8 @@ class RemoteModel:
         for attempt in range(1, tries + 1):
             asked_for = None
             try:
-                response = self.client.request(method, self.url + path, json=body)
+                timeout = TIMEOUT if method == "POST" else 30.0
+                response = self.client.request(method, self.url + path, json=body, timeout=timeout)
             except httpx.HTTPError as error:
                 why = f"{type(error).__name__}: {first_line(error)}"
             else:
@@ -147,8 +152,16 @@ class RemoteModel:
                     raise UserError(f"{self.url}{path}: {why}")
                 asked_for = response.headers.get("retry-after")
             if attempt < tries:
+                self._complain(f"{why}; asking again ({attempt + 1} of {tries})")
                 self.stopped.wait(pause(attempt, asked_for))
         raise UserError(f"{self.url}{path}: {why} ({tries} tries); what is answered already is kept")
+
+    def _complain(self, what: str) -> None:
+        """Says why nothing comes; for all threads together, now and then."""
+        now = time.monotonic()
+        if now - self.complained > _COMPLAINTS_APART:
+            self.complained = now
+            print(f"{self.url}: {what}", file=sys.stderr)
 
     def _read(self, response: Any) -> Any:
         try:
@@ -176,11 +189,15 @@ class RefusedError(Exception):
 
 
 def data_url(image: ImageRef) -> str:
-    """The image's own bytes, so that the server decodes what we would; UserError if they are no image."""
-    image_size(image)
-    data = image.read_bytes() if isinstance(image, Path) else image.read()
-    kind = next((kind for begin, kind in _TYPES.items() if data.startswith(begin)), "jpeg")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    """The image's own bytes, so that the server decodes what we would; a PNG of the same pixels where the format is one
+    that OpenAI's API doesn't take. UserError if they are no image."""
+    data = read_bytes(image)
+    kind = image_format(data, str(image))
+    if kind not in _SENT:
+        png = io.BytesIO()
+        load_image(image).save(png, "PNG")
+        data, kind = png.getvalue(), "PNG"
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
 
 
 def _message(response: Any) -> str:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,13 +32,12 @@ class Answerer(Protocol):
 def evaluate(question: Question, means: Means, out: Path, controls: bool = False) -> list[Evaluation]:
     """Leaves an evaluation folder in `out`, with `controls` those of both controls in it, and goes on with what is
     there. Evaluations, the one that was asked for first; none of one shard of many."""
-    tasks = make_tasks(question, out, controls)
+    tasks = make_tasks(question, out, controls, means.allow_partial)
     with claimed(tasks, means) as journals:
-        began = time.perf_counter()
-        asked = answer(tasks, journals, means)
+        answer(tasks, journals, means)
     if means.shards > 1:
         return []
-    return conclude(tasks, [out], time.perf_counter() - began, asked)
+    return conclude(tasks, [out])
 
 
 @contextmanager
@@ -61,9 +61,8 @@ def claimed(tasks: Sequence[Task], means: Means) -> Iterator[list[Journal]]:
             journal.close()
 
 
-def answer(tasks: Sequence[Task], journals: Sequence[Journal], means: Means) -> int:
-    """Asks what isn't answered yet, of this shard; the model is loaded when there is anything. How many were asked."""
-    asked = 0
+def answer(tasks: Sequence[Task], journals: Sequence[Journal], means: Means) -> None:
+    """Asks what isn't answered yet, of this shard; the model is loaded when there is anything."""
     with ExitStack() as stack:
         answerer: Answerer | None = None
         for task, journal in zip(tasks, journals, strict=True):
@@ -75,14 +74,13 @@ def answer(tasks: Sequence[Task], journals: Sequence[Journal], means: Means) -> 
                 continue
             if answerer is None:
                 answerer = stack.enter_context(opened(task, means))
-            asked += ask(task, batches, journal, known, answerer)
-    return asked
+            ask(task, batches, journal, known, answerer)
 
 
 def ask(
     task: Task, batches: Sequence[list[Prompt]], journal: Journal, known: dict[str, Reply], answerer: Answerer
-) -> int:
-    """Asks what isn't `known` yet, and writes each reply down. How many were asked.
+) -> None:
+    """Asks what isn't `known` yet, and writes each reply down.
 
     UserError when the first HOPELESS questions have failed, all of them: then it isn't the questions' fault.
     """
@@ -93,21 +91,24 @@ def ask(
     else:
         todo = [[prompt for prompt in batch if prompt.id not in known] for batch in batches]
     total = sum(map(len, batches))
-    done, asked = len(known), 0
+    done = len(known)
     what = task.question.task + ("" if task.question.control == "none" else f" ({task.question.control})")
     running = Running(task.benchmark, task.items, task.question.mode)
     running.add(list(known.values()))
     journal.open(known.values())
     with progress(what, total) as tell:
-        for replies in answerer.replies([batch for batch in todo if batch]):
+        began = time.perf_counter()
+        for some in answerer.replies([batch for batch in todo if batch]):
+            now = time.perf_counter()
+            replies = [replace(reply, seconds=round((now - began) / len(some), 6)) for reply in some]
+            began = now
             journal.append(replies)
             running.add(replies)
-            done, asked = done + len(replies), asked + len(replies)
+            done += len(replies)
             tell(done, running.shown())
             if done == running.failed >= HOPELESS:
                 why = next(reply.error for reply in replies if reply.error is not None)
                 raise UserError(f"the first {done} questions have all failed ({why}); --retry-failed asks them again")
-    return asked
 
 
 class Running:
@@ -158,13 +159,14 @@ def opened(task: Task, means: Means) -> Iterator[Answerer]:
         yield RemoteModel(question.engine, question.model, max_tokens, means.concurrency, key)
 
 
-def conclude(tasks: Sequence[Task], sources: Sequence[Path], seconds: float, asked: int) -> list[Evaluation]:
+def conclude(tasks: Sequence[Task], sources: Sequence[Path]) -> list[Evaluation]:
     """Scores everything and writes what people read. sources: folders whose replies are all of the first task's; its
     controls' are in folders of their names in these."""
     evaluations = []
     for task in tasks:
         replies = gather(task, sources if task is tasks[0] else [source / task.question.control for source in sources])
-        evaluations.append(Evaluation(task.benchmark, task.items, replies, task.settings, seconds, asked))
+        images = {prompt.id: prompt.turns[-1].image for prompt in task.prompts}
+        evaluations.append(Evaluation(task.benchmark, task.items, replies, task.settings, images))
     for task, evaluation in zip(tasks, evaluations, strict=True):
         write_outputs(evaluation, task.folder, evaluations[1:] if task is tasks[0] else [])
     return evaluations
@@ -199,11 +201,11 @@ def merge(sources: Sequence[Path], out: Path) -> list[Evaluation]:
         without = [str(source) for source, there in with_controls.items() if not there]
         raise UserError(f"{', '.join(without)}: no controls there, which the other parts have")
     question = parse(Question, {name: first[name] for name in Question.__dataclass_fields__}, str(sources[0]))
-    tasks = make_tasks(question, out, with_controls[sources[0]])
+    tasks = make_tasks(question, out, with_controls[sources[0]], allow_partial=True)
     if first["questions_sha256"] != tasks[0].settings["questions_sha256"]:
         raise UserError(f"{question.data}: the questions are others than those of {sources[0]}")
     with claimed(tasks, Means()) as journals:
-        evaluations = conclude(tasks, list(sources), 0.0, 0)
+        evaluations = conclude(tasks, list(sources))
         if out not in sources:  # without answers of its own it would be free for other settings
             for journal, evaluation in zip(journals, evaluations, strict=True):
                 journal.open(evaluation.replies.values())

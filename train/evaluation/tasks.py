@@ -8,7 +8,9 @@ from typing import Any
 
 from data.benchmarks import Benchmark, Item, find_benchmark
 from data.benchmarks.columns import load_items
+from data.benchmarks.files import check_pictures
 from data.benchmarks.predictions import unique
+from data.pictures import MissingImage
 from train.evaluation.journal import digest, model_hash
 from train.evaluation.prompts import CONTROLS, Prompt, Shots, make_prompts
 from vlm.checkpoint import ADAPTER_CONFIG, check_source
@@ -65,8 +67,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Means:
-    """How it is done; nothing of it changes an answer. shard: which of `shards` parts is done here, from 1."""
+    """How it is done; nothing of it changes an answer. shard: which of `shards` parts is done here, from 1;
+    allow_partial: questions whose pictures are missing fail, and don't stop the others."""
 
+    allow_partial: bool = False
     retry_failed: bool = False
     shard: int = 1
     shards: int = 1
@@ -99,7 +103,7 @@ class Task:
         return [*chunks[-1:], *chunks[:-1]][means.shard - 1 :: means.shards]
 
 
-def make_tasks(question: Question, out: Path, controls: bool) -> list[Task]:
+def make_tasks(question: Question, out: Path, controls: bool, allow_partial: bool = False) -> list[Task]:
     if controls and question.control != "none":
         raise UserError("--controls runs both controls beside the evaluation; leave --control out")
     benchmark = find_benchmark(question.task)
@@ -109,13 +113,13 @@ def make_tasks(question: Question, out: Path, controls: bool) -> list[Task]:
     items = items[: question.limit]
     if not items:
         raise UserError(f"{question.data}: no questions in it")
+    if not allow_partial:
+        check_pictures(items)
     if question.rank and not all(benchmark.choices(item) for item in items):
         raise UserError(f"--rank: the questions of {question.task} have no choices to rank")
     shots = None
     if question.shots:
-        assert question.shots_data is not None
-        found = load_items(benchmark, question.shots_data, question.shots_images, question.shots_split)
-        shots = Shots(question.shots, [item for item in found if item.references], question.seed)
+        shots = Shots(question.shots, _demonstrations(benchmark, question, allow_partial), question.seed)
     names = [question.control, *(CONTROLS[1:] if controls else ())]
     sha256 = _hash(question)
     tasks = []
@@ -127,6 +131,17 @@ def make_tasks(question: Question, out: Path, controls: bool) -> list[Task]:
             Task(one, benchmark, items, prompts, settings, out if one.control == question.control else out / name)
         )
     return tasks
+
+
+def _demonstrations(benchmark: Benchmark, question: Question, allow_partial: bool) -> list[Item]:
+    assert question.shots_data is not None
+    try:
+        found = load_items(benchmark, question.shots_data, question.shots_images, question.shots_split)
+        if not allow_partial:
+            check_pictures(found)
+    except UserError as error:
+        raise UserError(f"--shots-data: {error}") from None
+    return [item for item in found if item.references and not isinstance(item.image, MissingImage)]
 
 
 def _hash(question: Question) -> str | None:

@@ -25,19 +25,33 @@ def run_evaluation(question: Question, means: Means, out: Path, controls: bool) 
         means = replace(means, shard=state.process_index + 1, shards=state.num_processes)
         if question.device == "auto" and state.device.type == "cuda":
             torch.cuda.set_device(state.device)
+        question = settled(question)
         if state.is_main_process:
-            with claimed(make_tasks(question, out, controls), means):
+            with claimed(make_tasks(question, out, controls, means.allow_partial), means):
                 pass
         state.wait_for_everyone()
         evaluate(question, means, out, controls)
         state.wait_for_everyone()
         return tell(merge([out], out), out) if state.is_main_process else 0
+    question = settled(question)
     print(f"prompt: {question.prompt or find_benchmark(question.task).prompt!r}, greedy decoding")
     found = evaluate(question, means, out, controls)
     if not found:
         print(f"part {means.shard} of {means.shards} is done; when all are: vlm eval merge FOLDER ... --out DIR")
         return 0
     return tell(found, out)
+
+
+def settled(question: Question) -> Question:
+    """With the device and the number format that "auto" is here: a run that goes on elsewhere needs the same."""
+    if question.engine != "torch":
+        return question
+    from vlm.device import DTYPES, pick_device, pick_dtype
+
+    device = pick_device(question.device)
+    dtype = pick_dtype(question.precision, device)
+    precision = next(name for name, one in DTYPES.items() if one == dtype)
+    return replace(question, device=device.type if question.device == "auto" else question.device, precision=precision)
 
 
 def tell(evaluations: Sequence[Evaluation], out: Path) -> int:

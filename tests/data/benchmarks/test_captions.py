@@ -10,6 +10,7 @@ import pytest
 
 from data.benchmarks import Item, java
 from data.benchmarks.captions import Captions, Tokenizer
+from data.benchmarks.files import check_pictures
 from tests.data.benchmarks.files import picture, score, write
 from vlm import UserError
 
@@ -98,7 +99,7 @@ def test_images_meet_their_captions_and_pictures(tmp_path: Path) -> None:
     assert Captions().items(path, tmp_path / "val2014") == items
     (tmp_path / "val2014/COCO_val2014_000000000030.jpg").unlink()
     with pytest.raises(UserError, match=r"1 pictures are not there \(COCO_val2014_000000000030\.jpg\)"):
-        Captions().items(tmp_path, None)
+        check_pictures(Captions().items(tmp_path, None))
     with pytest.raises(
         UserError, match=r"captions_train2017\.json \(of other splits there are captions_val2014\.json\)"
     ):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from data.benchmarks.choice import ScienceQA, read_letter
+from data.benchmarks.files import check_pictures
 from tests.data.benchmarks.files import picture, score, write, write_lines
 from vlm import UserError
 
@@ -121,7 +122,7 @@ def test_questions_are_asked_with_their_context_choices_and_pictures(tmp_path: P
         ScienceQA().items(path, None, "dev")
     image.unlink()
     with pytest.raises(UserError, match=r"1 pictures are not there \(3/image\.png\)"):
-        ScienceQA().items(tmp_path, None)
+        check_pictures(ScienceQA().items(tmp_path, None))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"not there: problems\.json\. .*github\.com/lupantech/ScienceQA"):
         ScienceQA().items(tmp_path / "empty", None)
@@ -148,6 +149,9 @@ def test_submissions_read_back(tmp_path: Path) -> None:
     write(path, {"acc": 1.0, "results": {str(n): 0 for n in range(999)}, "outputs": {"3": "A", "5": 7}})
     found = ScienceQA().predictions(path)
     assert (found.answers, found.broken) == ({"3": "A"}, ["outputs[5]: text is needed, not 7"])
+    path.write_text('{"outputs": {"3": "A", "5": "B", "3": "C"}}')
+    found = ScienceQA().predictions(path)
+    assert (found.answers, found.repeated) == ({"3": "A", "5": "B"}, ["3"])
     write_lines(path, [{"question_id": 3, "text": 'he said "outputs"'}])
     assert ScienceQA().predictions(path).answers == {"3": 'he said "outputs"'}
 

@@ -75,6 +75,7 @@ class Oracle:
 def test_scores_equal_those_of_one_pair_at_a_time(
     clip: Path, files: tuple[Path, Path], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert "--images is for --clip" in score(capsys, "coco-caption", *files, "--images", clip)[2]
     code, out, err = score(capsys, "coco-caption", *files, "--clip", clip, "--json")
     assert code == 0, err
     told = json.loads(out)["metrics"]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data.benchmarks import BENCHMARKS, find_benchmark
 from data.benchmarks.exact import Exact
+from data.benchmarks.files import check_pictures
 from tests.data.benchmarks.files import write_lines
 from vlm import UserError
 
@@ -67,7 +68,7 @@ def test_items_have_their_pictures_ids_and_kinds(tmp_path: Path) -> None:
 def test_bad_questions_are_named_by_their_line(tmp_path: Path, row: dict[str, Any], complaint: str) -> None:
     path = write_lines(tmp_path / "questions.jsonl", [QUESTIONS[3], row])
     with pytest.raises(UserError, match=complaint):
-        Exact().items(path, None)
+        check_pictures(Exact().items(path, None))
 
 
 def test_ids_that_are_missing_unknown_or_repeated_are_named(tmp_path: Path) -> None:

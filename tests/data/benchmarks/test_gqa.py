@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from data.benchmarks.files import check_pictures
 from data.benchmarks.gqa import GQA, normalise
 from tests.data.benchmarks.files import picture, write
 from vlm import UserError
@@ -80,7 +81,7 @@ def test_questions_meet_their_pictures(tmp_path: Path) -> None:
     assert GQA().items(path, tmp_path / "images")[0].references == ()
     write(path, {"1": {"question": "?", "imageId": "../../n1"}, "2": {"question": "?", "imageId": "n9"}})
     with pytest.raises(UserError, match=r"2 pictures are not there \(\.\./\.\./n1\.jpg, n9\.jpg\)"):
-        GQA().items(tmp_path, None)
+        check_pictures(GQA().items(tmp_path, None))
     with pytest.raises(UserError, match=r"val_balanced_questions\.json \(of other splits .*\)\. .*stanford\.edu"):
         GQA().items(tmp_path, None, "val_balanced")
 

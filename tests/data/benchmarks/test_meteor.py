@@ -69,6 +69,8 @@ def test_scores_equal_the_programs_own() -> None:
     *each, corpus = evaluated([" ".join(map(str, row)) for row in measure.statistics])
     assert list(measure.value(measure.statistics)) == pytest.approx(each, abs=EXACT)
     assert float(measure) == pytest.approx(corpus, abs=EXACT)
+    broken, whole = (java.meteor([text, "a"], [[text], ["b"]]) for text in ("a\ndog\u2028runs", "a dog runs"))
+    np.testing.assert_array_equal(broken.statistics, whole.statistics)  # a line break ends no caption
 
 
 @NEEDS_JAVA

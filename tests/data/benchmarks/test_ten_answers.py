@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data.benchmarks.files import check_pictures
 from data.benchmarks.ten_answers import TextVQA, VizWiz
 from tests.data.benchmarks.files import picture, write
 from tests.data.benchmarks.official_vqa import Script
@@ -71,7 +72,7 @@ def test_textvqa_questions_meet_their_pictures(tmp_path: Path) -> None:
     path = write(tmp_path / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": [row]})
     write(tmp_path / "TextVQA_0.5.1_test.json", {"data": [{k: v for k, v in row.items() if k != "answers"}]})
     picture(tmp_path / "train_images/abc.jpg")
-    with pytest.raises(UserError, match=r"several files fit .*--split"):
+    with pytest.raises(UserError, match=r"several files fit .*name one of them, or its split"):
         TextVQA().items(tmp_path, None)
     (item,) = TextVQA().items(tmp_path, None, "val")
     assert (item.id, item.question, item.references) == ("5", "what?", ("x",) * 10)
@@ -83,7 +84,7 @@ def test_textvqa_questions_meet_their_pictures(tmp_path: Path) -> None:
         TextVQA().items(tmp_path, None, "train")
     (tmp_path / "train_images/abc.jpg").unlink()
     with pytest.raises(UserError, match=r"pictures are not there \(abc\.jpg\)"):
-        TextVQA().items(tmp_path, None, "val")
+        check_pictures(TextVQA().items(tmp_path, None, "val"))
     with pytest.raises(UserError, match=r"data\[0\]: .*`answers`"):
         TextVQA().references(tmp_path / "TextVQA_0.5.1_test.json")
 
@@ -139,7 +140,7 @@ def test_vizwiz_questions_meet_their_pictures(tmp_path: Path) -> None:
         VizWiz().items(tmp_path, None, "train")
     val.unlink()
     with pytest.raises(UserError, match=r"1 pictures are not there \(VizWiz_val_00000000\.jpg\)"):
-        VizWiz().items(tmp_path, None, "val")
+        check_pictures(VizWiz().items(tmp_path, None, "val"))
 
 
 @pytest.mark.parametrize("benchmark", [TextVQA(), VizWiz()])

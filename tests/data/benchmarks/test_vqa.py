@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.benchmarks.files import check_pictures
 from data.benchmarks.vqa import VQA
 from data.benchmarks.vqa_text import clean, process
 from tests.data.benchmarks.files import annotation, picture, write
@@ -202,6 +203,9 @@ def test_annotations_of_another_shape_are_refused(tmp_path: Path, row: Any, comp
         VQA().references(write(tmp_path / "other.json", {"questions": []}))
     with pytest.raises(UserError, match="nothing in it"):
         VQA().references(write(tmp_path / "empty.json", {"annotations": []}))
+    (tmp_path / "half.json").write_text('{"annotations": [{"question_id": 1, "answers": [{"answer": "\\ud800"}]}]}')
+    with pytest.raises(UserError, match=r"half\.json: cannot be read as JSON \(.*hex escape \(byte \d+\)\)"):
+        VQA().references(tmp_path / "half.json")
 
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -237,8 +241,8 @@ def test_pictures_are_found_by_number_under_any_name(tmp_path: Path) -> None:
     assert VQA().items(folder, None)[1].image == folder / "val2014/2.PNG"
     (folder / "val2014/2.PNG").unlink()
     (folder / "val2014/COCO_val2014_000000000300.jpg").unlink()
-    with pytest.raises(UserError, match=r"val2014: 2 pictures are not there \(of image 2, of image 300\)"):
-        VQA().items(folder, None)
+    with pytest.raises(UserError, match=r"2 pictures are not there \(of image 2, of image 300\), .*val2014: no"):
+        check_pictures(VQA().items(folder, None))
     with pytest.raises(UserError, match="nowhere: no such image folder"):
         VQA().items(folder, tmp_path / "nowhere")
 
@@ -249,7 +253,9 @@ def test_what_is_missing_is_listed_with_where_it_is_published(tmp_path: Path) ->
         VQA().items(tmp_path / "empty", None)
     download(tmp_path / "both")
     download(tmp_path / "both", "train2014")
-    with pytest.raises(UserError, match=r"several files fit \(v2_.*train2014.*, v2_.*val2014.*\); name one .* --split"):
+    with pytest.raises(
+        UserError, match=r"several files fit \(v2_.*train2014.*, v2_.*val2014.*\); name one of them, or its split"
+    ):
         VQA().items(tmp_path / "both", None)
     assert "train2014" in str(VQA().items(tmp_path / "both", None, "train2014")[0].image)
     other = r"v2_OpenEnded_mscoco_test2015_questions\.json \(of other splits there are v2_.*, v2_.*\)"

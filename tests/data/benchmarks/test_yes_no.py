@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from data.benchmarks import Item
+from data.benchmarks.files import check_pictures
 from data.benchmarks.yes_no import POPE, says_yes
 from tests.data.benchmarks.files import picture, write, write_lines
 from vlm import UserError
@@ -127,7 +128,7 @@ def test_questions_meet_their_pictures(tmp_path: Path) -> None:
     assert len(POPE().items(tmp_path, None, "popular")) == 1
     (tmp_path / "val2014/COCO_val2014_000000000001.jpg").unlink()
     with pytest.raises(UserError, match=r"1 pictures are not there \(COCO_val2014_000000000001\.jpg\)"):
-        POPE().items(tmp_path, None, "popular")
+        check_pictures(POPE().items(tmp_path, None, "popular"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"not there: coco_pope_adversarial\.json\. .*github\.com/AoiDragon/POPE"):
         POPE().items(tmp_path / "empty", None, "adversarial")

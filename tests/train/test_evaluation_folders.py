@@ -1,0 +1,127 @@
+"""Folders of evaluations: whose they are, how parts become one, and what is told again."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.train.evaluations import QUESTION, ask, scores, write_rows
+from train.evaluation.local import LocalModel
+from vlm.cli import main
+
+
+def test_shards_are_merged_to_the_same_evaluation(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(model, data, tmp_path / "whole", "--controls") == 0
+    for part in (1, 2):
+        assert ask(model, data, tmp_path / f"part{part}", "--shard", f"{part}/2", "--controls") == 0
+    parts = [str(tmp_path / "part1"), str(tmp_path / "part2")]
+    assert main(["eval", "merge", *parts, "--out", str(tmp_path / "merged")]) == 0
+    assert scores(tmp_path / "merged") == scores(tmp_path / "whole")
+    before = (tmp_path / "merged" / "scores.json").read_bytes()
+    assert ask(model, data, tmp_path / "merged", "--limit", "2") == 1  # its answers are kept from others
+    assert main(["eval", "merge", parts[0], "--out", str(tmp_path / "merged")]) == 1
+    assert (tmp_path / "merged" / "scores.json").read_bytes() == before
+    assert (tmp_path / "merged" / "settings.json").is_file()
+    capsys.readouterr()
+    assert main(["eval", "merge", parts[0], "--out", str(tmp_path / "half")]) == 1
+    assert not (tmp_path / "half").exists()
+    assert "4 of 12 questions have no answer yet" in capsys.readouterr().err
+    assert ask(model, data, tmp_path / "other", "--limit", "3") == 0
+    assert main(["eval", "merge", parts[0], str(tmp_path / "other"), "--out", str(tmp_path / "x")]) == 1
+    assert "evaluations with another limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "here"])
+def test_nothing_but_an_evaluation_is_touched(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    precious = tmp_path / "precious"
+    if kind == "file":
+        precious.write_text("thesis")
+    else:
+        precious.mkdir()
+        (precious / "thesis.txt").write_text("thesis")
+    if kind == "here":
+        monkeypatch.chdir(precious)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert ask(model, data, Path() if kind == "here" else precious) == 1
+    assert "not an evaluation folder; use another --out" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_another_evaluation_needs_another_folder(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(model, data, tmp_path / "out", "--limit", "2") == 0
+    before = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    assert ask(model, data, tmp_path / "out", "--limit", "3") == 1
+    assert "out: holds an evaluation with another limit (2, and not 3); use another --out" in capsys.readouterr().err
+    assert ask(model, data, tmp_path / "out", "--limit", "2", "--control", "blind") == 1
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
+
+
+def test_two_at_once_in_one_folder_are_one_too_many(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, told = LocalModel._generate, list[int]()
+
+    def meanwhile(self: LocalModel, batch: Any) -> list[str]:
+        if not told:
+            told.append(0)
+            told[0] = ask(model, data, tmp_path / "out")
+        return real(self, batch)
+
+    monkeypatch.setattr(LocalModel, "_generate", meanwhile)
+    assert ask(model, data, tmp_path / "out") == 0
+    assert told == [1]
+    assert "out: another process is at work on this evaluation" in capsys.readouterr().err
+    assert scores(tmp_path / "out")["n"] == 12
+    assert not list((tmp_path / "out").glob("*.lock"))
+
+
+def test_what_is_told_again_is_told_as_it_is_now(model: Path, tmp_path: Path) -> None:
+    """Other references and modes score the same answers; other pictures under the same names ask again."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {**QUESTION, "image": "a.png"}
+    assert ask(model, write_rows(tmp_path / "q.jsonl", [row]), tmp_path / "out") == 0
+    before = json.loads((tmp_path / "out" / "scores.json").read_text())
+    said = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())["answer"]
+    right = {**row, "answer": f"{said.upper()}."}
+    assert ask(model, write_rows(tmp_path / "q.jsonl", [right]), tmp_path / "out", "--mode", "normalised") == 0
+    after = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (before["metrics"]["accuracy"], after["metrics"]["accuracy"], after["mode"]) == (0, 1, "normalised")
+    assert after["seconds"] == before["seconds"] > 0
+    Image.new("RGB", (90, 80), "red").save(tmp_path / "a.png")
+    assert ask(model, tmp_path / "q.jsonl", tmp_path / "out") == 1
+
+
+def test_parts_of_other_machines_have_other_paths(model: Path, data: Path, tmp_path: Path) -> None:
+    for part in (1, 2):
+        shutil.copytree(data.parent, tmp_path / f"data{part}")
+        there = tmp_path / f"data{part}" / data.name
+        assert ask(model, there, tmp_path / f"part{part}", "--shard", f"{part}/2") == 0
+    parts = [str(tmp_path / "part1"), str(tmp_path / "part2")]
+    assert main(["eval", "merge", *parts, "--out", str(tmp_path / "merged")]) == 0
+    assert scores(tmp_path / "merged")["n"] == 12
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    for path in broken.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:5000])
+    assert ask(broken, data, tmp_path / "out", "--controls") == 1
+    assert "cut off or broken" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
