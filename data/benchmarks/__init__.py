@@ -15,6 +15,7 @@ BENCHMARKS = {
     "pope": "yes_no:POPE",
     "gqa": "gqa:GQA",
     "scienceqa": "choice:ScienceQA",
+    "mmbench": "mmbench:MMBench",
     "exact": "exact:Exact",
 }
 

@@ -64,6 +64,10 @@ class Benchmark(ABC):
         rows = [{self.id_keys[0]: as_number(i), self.text_keys[0]: answer} for i, answer in answers.items()]
         return json.dumps(rows, ensure_ascii=False)
 
+    def submitted(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
+        """`submission` of the answers to `items`, for formats that repeat what was asked."""
+        return self.submission(answers)
+
     def demonstrated(self, item: Item) -> str:
         """The answer that a demonstration of few-shot prompts gives: what most people said."""
         return max(item.references, key=item.references.count)

@@ -1,9 +1,11 @@
 """Benchmarks from data sets of `datasets`: Parquet files, saved folders, ids of its hub, by the columns they have."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.benchmarks import mmbench
 from data.benchmarks.base import Benchmark, Item
 from data.benchmarks.choice import Problem, make_item
 from data.benchmarks.gqa import Types, groups
@@ -92,6 +94,15 @@ def _science_qa(row: Row, index: int, image: ImageRef | None) -> Item:
     return make_item(_id(row, index, "id"), Problem(**fields, image="" if image is None else str(image)), image)
 
 
+def _mmbench(row: Row, index: int, image: ImageRef | None) -> Item:
+    item = mmbench.make_item(row, image)
+    assert image is None or isinstance(image, ImageRow)
+    if image is None:
+        return item
+    # each row of a circle has a copy of the picture
+    return replace(item, image=replace(image, key=f"circle {image.rows.where(mmbench.circle_of(item))}"))
+
+
 def _captions(row: Row, index: int, image: ImageRef | None) -> Item:
     captions: Any = row.get("captions", row.get("answer", row.get("sentences", row.get("caption", ()))))
     texts: list[str] = [captions] if isinstance(captions, str) else list(captions)
@@ -114,6 +125,7 @@ _READERS: dict[str, Callable[[Row, int, ImageRef | None], Item]] = {
     "pope": _pope,
     "gqa": _gqa,
     "scienceqa": _science_qa,
+    "mmbench": _mmbench,
     "coco-caption": _captions,
     "exact": _exact,
 }

@@ -35,7 +35,7 @@ class Files:
     def _names(self) -> list[Path]:
         """Files of the folder and of the folders in it."""
         below = [self.folder, *sorted(path for path in self.folder.iterdir() if path.is_dir())]
-        return [path for folder in below for path in sorted(folder.glob("*.json*")) if path.is_file()]
+        return [path for folder in below for path in sorted(folder.glob("*.[jt]s*")) if path.is_file()]
 
     def find(self, pattern: str, official: str) -> Path:
         """The one file whose name fits `pattern`, of the split that was asked for; `official`: how it's published."""

@@ -46,14 +46,21 @@ class LeftOut:
         return {"left_out": vars(self)} if any(vars(self).values()) else {}
 
 
-def read_predictions(path: Path, ids: Sequence[str], texts: Sequence[str], ordered: bool = False) -> Predictions:
+def read_predictions(
+    path: Path,
+    ids: Sequence[str],
+    texts: Sequence[str],
+    ordered: bool = False,
+    rows: Iterable[tuple[str, Any]] | None = None,
+) -> Predictions:
     """Rows of a JSON array or of JSON lines; the first of the keys `ids` and `texts` that a row has is taken.
 
     ordered: predictions may be in the order of the questions instead, which they are where the first row has no id.
+    rows: where each is and itself, of a file that is no JSON.
     """
     found = Predictions(path, ordered=ordered)
     undecided = ordered
-    for number, (where, row) in enumerate(json_rows(path)):
+    for number, (where, row) in enumerate(json_rows(path) if rows is None else rows):
         if not isinstance(row, dict):
             found.broken.append(f"{where}: an object is needed, not {_shown(row)}")
             continue

@@ -12,7 +12,8 @@ from data.benchmarks.measures import SAMPLES, Measure
 class Scores:
     """measures: name -> metric; per_item: id -> number; notes: what else a reader must know, such as what was left out.
 
-    Measures are over the items of `per_item`, in its order, or over some of them (breakdowns).
+    Measures are over the items of `per_item`, in its order, over some of them (breakdowns), or over groups
+    of them (MMBench's questions).
     """
 
     task: str

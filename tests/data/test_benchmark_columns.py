@@ -65,6 +65,7 @@ def test_vqa_rows_have_their_answers_kinds_and_pictures(tmp_path: Path, saved: b
         ("pope", {"id": "5", "question": "is there?", "answer": "Yes"}, ("yes",), "Yes, there is."),
         ("gqa", {"id": "5", "question": "what?", "answer": "red"}, ("red",), "Red."),
         ("scienceqa", {"question": "which?", "choices": ["x", "y"], "answer": 1, "hint": ""}, ("B",), "B"),
+        ("mmbench", {"index": 5, "question": "which?", "A": "x", "B": "y", "C": "nan", "answer": "B"}, ("B",), "B."),
         ("coco-caption", {"question_id": "5", "answer": ["a dog", "the dog"]}, ("a dog", "the dog"), "a dog"),
         ("exact", {"id": 5, "question": "what?", "answer": "red"}, ("red",), "red"),
     ],
@@ -122,6 +123,24 @@ def test_rows_of_the_same_picture_are_told_by_its_name(tmp_path: Path) -> None:
     assert [one.image == items[0].image for one in items] == [True, True, False, False]
 
 
-def test_other_values_than_expected_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\[0\]: the label 'maybe' is neither yes nor no"):
-        read(tmp_path, "pope", [{"id": "a", "question": "is it?", "answer": "maybe", "image": png(5)}])
+def test_rows_of_one_circle_show_the_same_picture(tmp_path: Path) -> None:
+    row = {"question": "which?", "hint": "nan", "A": "x", "B": "y", "answer": "B", "L2-category": "k", "image": png(5)}
+    items = read(tmp_path, "mmbench", [{**row, "index": n} for n in (7, 8, 1_000_007)])
+    assert [one.image == items[0].image for one in items] == [True, False, True]
+    assert items[0].groups == ("l2-category/k",)
+    assert items[2].image is not None
+    assert load_image(items[2].image).size == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "complaint"),
+    [
+        ("pope", {"id": "a", "question": "is it?", "answer": "maybe"}, "the label 'maybe' is neither yes nor no"),
+        ("mmbench", {"index": 5, "question": "?", "A": "x", "answer": "C"}, "answer 'C', where the options are A"),
+        ("mmbench", {"index": 5, "question": "?", "A": 3, "answer": "A"}, "A is text, not 3"),
+        ("mmbench", {"question": "?", "A": "x"}, "index is a whole number, not nothing"),
+    ],
+)
+def test_other_values_than_expected_are_named(tmp_path: Path, task: str, row: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=rf"data\[0\]: {complaint}"):
+        read(tmp_path, task, [{**row, "image": png(5)}])

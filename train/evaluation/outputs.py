@@ -21,7 +21,8 @@ from vlm.errors import UserError
 SHOWN = 1000  # items on the page: the worst and the best
 THUMBNAIL = 256  # pixels
 SAMPLES = 1000  # of the bootstrap
-BREAKDOWNS = ("question_type", "structural", "semantic", "subject", "grade")  # metrics of many kinds, folded away
+# metrics of many kinds, folded away
+BREAKDOWNS = ("question_type", "structural", "semantic", "subject", "grade", "category", "l2-category")
 _PACKAGES = ("torch", "transformers", "vllm", "pycocoevalcap", "numpy", "pillow")
 _pages = jinja2.Environment(
     loader=jinja2.PackageLoader("train"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -73,7 +74,8 @@ def write_outputs(evaluation: Evaluation, folder: Path, controls: Sequence[Evalu
     """predictions in the benchmark's own format (a question that failed has a wrong answer), scores.json, the page."""
     replies, wrong = evaluation.replies, evaluation.benchmark.wrong
     answers = {item.id: wrong(item) if (said := replies[item.id].answer) is None else said for item in evaluation.items}
-    write_aside(folder / evaluation.benchmark.submission_name, evaluation.benchmark.submission(answers))
+    submission = evaluation.benchmark.submitted(evaluation.items, answers)
+    write_aside(folder / evaluation.benchmark.submission_name, submission)
     write_page(evaluation, folder, controls)
     # at the end, since what has scores is whole
     write_aside(folder / SCORES, json.dumps(as_json(evaluation, controls), indent=1, ensure_ascii=False))

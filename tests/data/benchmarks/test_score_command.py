@@ -130,6 +130,7 @@ OBJECTS = {
     "gqa": {"1": {"answer": "red"}},
     "scienceqa": {"1": {"question": "?", "choices": ["x", "y"], "answer": 0}},
 }
+TABLES = {"mmbench": "index\tquestion\tA\tB\tanswer\n1\t?\tx\ty\tA\n"}
 
 
 def folder(path: Path) -> None:
@@ -155,7 +156,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("which", ["predictions", "references"])
 @pytest.mark.parametrize("spoilt", SPOILT)
-@pytest.mark.parametrize("task", [*ROWS, *OBJECTS])
+@pytest.mark.parametrize("task", [*ROWS, *OBJECTS, *TABLES])
 def test_what_cannot_be_scored_is_one_sentence_and_exit_1(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, task: str, spoilt: str, which: str
 ) -> None:
@@ -166,6 +167,9 @@ def test_what_cannot_be_scored_is_one_sentence_and_exit_1(
     paths = {"predictions": write(tmp_path / "predictions.json", [said])}
     if task in ROWS:
         paths["references"] = write_lines(tmp_path / "references.jsonl", ROWS[task])
+    elif task in TABLES:
+        paths["references"] = tmp_path / "references.tsv"
+        paths["references"].write_text(TABLES[task])
     else:
         paths["references"] = write(tmp_path / "references.json", OBJECTS[task])
     code, out, _ = score(capsys, task, *paths.values(), "--json", "--bootstrap", 2)
