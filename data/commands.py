@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.arguments import natural, positive, share
+from vlm.arguments import completed, natural, positive, share
 
 if TYPE_CHECKING:
     from data.check_model import ModelSpec
@@ -177,7 +177,7 @@ def score(parser: argparse.ArgumentParser) -> None:
         "  vlm score coco-caption captions.json captions_val2014.json --json --per-item\n"
         "  vlm score exact predictions.jsonl questions.jsonl --mode normalised"
     )
-    parser.add_argument("task", metavar="TASK", help=", ".join(BENCHMARKS))
+    completed(parser.add_argument("task", metavar="TASK", help=", ".join(BENCHMARKS)), BENCHMARKS)
     parser.add_argument("predictions", type=Path, help="answers, in the benchmark's own submission format")
     parser.add_argument("references", type=Path, help="the official file with the right answers")
     parser.add_argument(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vlm.arguments import natural, positive
+from vlm.arguments import completed, natural, positive
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="+", help="a model folder or hub id, or the name at a URL; or: merge FOLDER ..."
     )
-    parser.add_argument("--task", help=", ".join(BENCHMARKS))
+    completed(parser.add_argument("--task", help=", ".join(BENCHMARKS)), BENCHMARKS)
     parser.add_argument("--data", type=Path, help="the benchmark's files as published: a folder, or the questions file")
     parser.add_argument("--images", type=Path, help="folder of the images (default: found beside the data)")
     parser.add_argument("--split", metavar="NAME", help="where the folder has several, as in the files' names")
@@ -69,8 +69,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only part I of N")
     parser.add_argument("--allow-partial", action="store_true", help="pictures may be missing; their questions fail")
     parser.add_argument("--retry-failed", action="store_true", help="ask questions that failed again")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--device", default="auto", help="cuda, mps, cpu ... (default: the best there is; torch)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="questions at once (torch)")
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer (default: as the task asks for)")
     parser.add_argument("--concurrency", type=positive, default=32, metavar="N", help="requests at once (vllm, URL)")

@@ -1,6 +1,7 @@
 """Types of command-line arguments."""
 
 import argparse
+from collections.abc import Iterable
 
 
 def positive(text: str) -> int:
@@ -22,6 +23,11 @@ def share(text: str) -> float:
 def fraction(text: str) -> float:
     """0.005 or 0.5% as a number; ValueError for anything else."""
     return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+
+
+def completed(argument: argparse.Action, names: Iterable[str]) -> None:
+    """The shell completes it to one of `names`; what else is said is judged by whoever uses it."""
+    vars(argument)["completer"] = lambda **_: list(names)
 
 
 def _at_least(least: int, text: str) -> int:
