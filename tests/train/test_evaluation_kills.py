@@ -73,11 +73,14 @@ def test_killed_and_started_again_it_gives_the_same_scores(
     for folder in (answers.parent, tmp_path / "whole"):
         subprocess.run(command(model, data, folder), env=environment, check=True)
     assert without_times(answers.parent) == without_times(tmp_path / "whole")
-    ids = [json.loads(line)["id"] for line in answers.read_text().splitlines()]
-    assert sorted(ids) == sorted(map(str, range(questions)))
-    assert sorted(answers.read_text().splitlines()) == sorted(
-        (tmp_path / "whole" / answers.name).read_text().splitlines()
-    )
+    said, whole = replies(answers), replies(tmp_path / "whole" / answers.name)
+    assert [name for name, _ in said] == sorted(map(str, range(questions)))
+    assert said == whole
+
+
+def replies(path: Path) -> list[tuple[str, str]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return sorted((row["id"], row["answer"]) for row in rows)
 
 
 def lines(path: Path) -> int:
