@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from vlm.arguments import completed, natural, positive
+from vlm.errors import UserError
 
 
 def train(parser: argparse.ArgumentParser) -> None:
@@ -88,20 +89,27 @@ def _shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+def _words(text: str) -> tuple[str, ...]:
     import shlex
 
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"--vllm-args {text}: {error}") from None
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from train.evaluation.journal import UNIMPORTANT
     from train.evaluation.run import merge
     from train.evaluation.tasks import Means, Question
     from train.evaluation.tell import run_evaluation, tell
 
     if options.model[0] == "merge" and len(options.model) > 1:
-        told = {name: getattr(options, name) for name in options.defaults}
-        given = [name for name in told if name not in ("model", "out") and told[name] != options.defaults[name]]
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            options.usage_error(f"merge takes folders and --out; the parts know their own {flags}")
-        return tell(merge([Path(name) for name in options.model[1:]], options.out), options.out)
+        told = {name: getattr(options, name) for name in options.defaults if name not in ("model", "out", "debug")}
+        given = {name: value for name, value in told.items() if value != options.defaults[name]}
+        if flags := ", ".join(f"--{name.replace('_', '-')}" for name in given if name not in UNIMPORTANT):
+            options.usage_error(f"merge takes folders, --out and where files are; the parts know their own {flags}")
+        return tell(merge([Path(name) for name in options.model[1:]], options.out, **given), options.out)
     if len(options.model) > 1 or options.task is None or options.data is None:
         options.usage_error("one MODEL, --task and --data are needed; or merge, and the folders of shards")
     question = Question(
@@ -125,7 +133,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         precision=options.precision,
         device=options.device,
-        vllm_args=tuple(shlex.split(options.vllm_args)),
+        vllm_args=_words(options.vllm_args),
     )
     means = Means(
         allow_partial=options.allow_partial,

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         hint = "" if isinstance(error, UserError) else f" [{type(error).__name__}; --debug shows where]"
-        print(f"vlm {options.command}: {error}{hint}", file=sys.stderr)
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"vlm {options.command}: {told}{hint}", file=sys.stderr)
         return 1
 
 

@@ -23,6 +23,8 @@ PICTURE_KEYS = ("image_id", "imageId", "image_source")  # columns that tell whic
 def load_items(benchmark: Benchmark, data: Path, images: Path | None, split: str | None) -> list[Item]:
     """The questions of official files, or of a data set with the columns that its publishers gave it on the hub."""
     if _is_columns(data):
+        if images is not None:
+            raise UserError(f"{data}: its pictures are in its rows; leave the folder {images} out")
         return _column_items(benchmark.task, data, split)
     return benchmark.items(data, images, split)
 

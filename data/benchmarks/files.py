@@ -106,13 +106,17 @@ class Pictures:
 
 
 def check_pictures(items: Sequence[Item]) -> None:
-    """UserError when pictures of theirs are missing."""
-    missing = [item.image for item in items if isinstance(item.image, MissingImage)]
+    """UserError when pictures of theirs are missing or empty."""
+    missing: dict[str, str] = {}
+    for image in dict.fromkeys(item.image for item in items):
+        if isinstance(image, MissingImage):
+            missing[image.name] = image.why
+        elif isinstance(image, Path) and not (image.is_file() and image.stat().st_size):
+            missing[image.name] = f"{image}: an empty file"
     if missing:
-        names = list(dict.fromkeys(image.name for image in missing))
         raise UserError(
-            f"{len(names)} pictures are not there ({listed(names)}), such as {missing[0].why}; --allow-partial asks "
-            f"without them, and counts their {len(missing)} questions as wrong"
+            f"{len(missing)} pictures are not there ({listed(list(missing))}), such as {next(iter(missing.values()))}; "
+            "--allow-partial counts their questions as wrong, and asks the others"
         )
 
 

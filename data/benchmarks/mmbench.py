@@ -43,7 +43,8 @@ class MMBench(Benchmark):
     text_keys = ("prediction", "text", "answer")
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
-        """Pictures are in the table itself, so that `images` is not looked at."""
+        if images is not None:
+            raise UserError(f"{data}: MMBench's pictures are in its table; leave the folder {images} out")
         files = Files(data, split, "https://github.com/open-compass/MMBench (MMBench-Dev)")
         path = files.find("*mmbench*.tsv", f"mmbench_{split or 'dev'}_20230712.tsv")
         files.check()

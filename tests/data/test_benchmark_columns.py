@@ -102,6 +102,14 @@ def test_questions_of_gqa_keep_their_kinds(tmp_path: Path) -> None:
     ]
 
 
+def test_a_folder_of_pictures_beside_rows_that_hold_them_is_refused(tmp_path: Path) -> None:
+    read(tmp_path, "gqa", [{"id": "1", "question": "what?", "answer": "red", "image": png(5)}])
+    for task in ("gqa", "mmbench"):
+        data = next(tmp_path.rglob("*.parquet")) if task == "gqa" else tmp_path / "mmbench.tsv"
+        with pytest.raises(UserError, match=r"pictures are in its .*leave the folder .* out"):
+            load_items(find_benchmark(task), data, tmp_path, None)
+
+
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\[0\]: needs a column 'question', to be a question of gqa"):
         read(tmp_path, "gqa", [{"id": "a", "answer": "x", "image": png(5)}])

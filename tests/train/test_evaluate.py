@@ -116,6 +116,7 @@ def test_what_fails_is_recorded_and_wrong(model: Path, tmp_path: Path, capsys: p
         ([QUESTION], ("--rank",), "the questions of exact have no choices to rank"),
         ([QUESTION], ("--shots", "2"), "--shots takes demonstrations from --shots-data"),
         ([QUESTION], ("--engine", "tourch"), "--engine tourch: torch, vllm, or the URL"),
+        ([QUESTION], ("--vllm-args", "'"), "--vllm-args ': No closing quotation"),
         ([QUESTION], ("--prompt", "what?"), "has no {question} in it"),
         ([QUESTION], ("--control", "shuffled"), "needs at least two different images"),
         ([QUESTION], ("--control", "blind", "--controls"), "leave --control out"),
@@ -135,6 +136,12 @@ def test_what_cannot_be_asked_is_named_before_anything_is_written(
     assert complaint in error
     assert error.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_half_a_surrogate_pair_in_a_row_is_written_as_a_question_mark(model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "q.jsonl", [{**QUESTION, "kind": "\ud800"}])
+    assert ask(model, data, tmp_path / "out") == 0
+    assert set(scores(tmp_path / "out")["metrics"]) == {"accuracy", "accuracy/?"}
 
 
 def test_what_failed_can_be_asked_again(model: Path, tmp_path: Path) -> None:

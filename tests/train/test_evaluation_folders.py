@@ -105,6 +105,46 @@ def test_what_is_told_again_is_told_as_it_is_now(model: Path, tmp_path: Path) ->
     assert ask(model, tmp_path / "q.jsonl", tmp_path / "out") == 1
 
 
+def test_parts_keep_the_model_that_answered_and_are_merged_anywhere(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied, moved = tmp_path / "model", tmp_path / "moved"
+    shutil.copytree(model, copied)
+    shutil.copytree(data.parent, moved)
+    for part, device in ((1, "cpu"), (2, "cpu:0")):
+        options = ("--shard", f"{part}/2", "--device", device)
+        assert ask(copied, moved / data.name, tmp_path / f"part{part}", *options) == 0
+    asked_of = json.loads((tmp_path / "part1" / "settings.json").read_text())["model_sha256"]
+    shutil.rmtree(copied)
+    shutil.rmtree(moved)
+    merge = ["eval", "merge", str(tmp_path / "part1"), str(tmp_path / "part2"), "--out", str(tmp_path / "merged")]
+    assert main(merge) == 1
+    assert "q.jsonl: no such data file" in capsys.readouterr().err
+    assert main([*merge, "--data", str(data), "--mode", "normalised"]) == 0
+    found = scores(tmp_path / "merged")
+    assert (found["settings"]["model_sha256"], found["mode"], found["n"]) == (asked_of, "normalised", 12)
+    rows = [{**QUESTION, "id": f"q{n}"} for n in range(12)]
+    assert main([*merge, "--data", str(write_rows(tmp_path / "others.jsonl", rows))]) == 1
+    assert "the questions are others than those of " in capsys.readouterr().err
+
+
+def test_what_a_kill_before_the_first_answer_leaves_is_nobodys(model: Path, data: Path, tmp_path: Path) -> None:
+    assert ask(model, data, tmp_path / "out", "--limit", "3", "--shard", "1/2") == 0
+    (tmp_path / "out" / "answers-1-of-2.jsonl").write_bytes(b"")
+    (tmp_path / "out" / "answers-1-of-2.lock").touch()
+    assert ask(model, data, tmp_path / "out", "--limit", "2") == 0
+    assert scores(tmp_path / "out")["n"] == 2
+
+
+def test_rows_of_answers_that_are_none_are_asked_again(model: Path, data: Path, tmp_path: Path) -> None:
+    assert ask(model, data, tmp_path / "out", "--limit", "4") == 0
+    before, answers = scores(tmp_path / "out"), tmp_path / "out" / "answers.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    write_rows(answers, [{**rows[0], "answer": 3}, {**rows[1], "seconds": "x"}, {"id": rows[2]["id"]}, rows[3]])
+    assert ask(model, data, tmp_path / "out", "--limit", "4") == 0
+    assert scores(tmp_path / "out") == before
+
+
 def test_parts_of_other_machines_have_other_paths(model: Path, data: Path, tmp_path: Path) -> None:
     for part in (1, 2):
         shutil.copytree(data.parent, tmp_path / f"data{part}")

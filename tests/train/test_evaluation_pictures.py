@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain, count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +25,12 @@ class Looker:
 
     keeps_batches = False
 
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
     def replies(self, batches: Any) -> Iterator[list[Reply]]:
         for prompt in (prompt for batch in batches for prompt in batch):
+            self.asked.append(prompt.id)
             yield [self._reply(prompt)]
 
     def _reply(self, prompt: Prompt) -> Reply:
@@ -37,8 +43,10 @@ class Looker:
 
 
 @pytest.fixture(autouse=True)
-def looker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation_run, "opened", lambda *_: nullcontext(Looker()))
+def looker(monkeypatch: pytest.MonkeyPatch) -> Looker:
+    made = Looker()
+    monkeypatch.setattr(evaluation_run, "opened", lambda *_: nullcontext(made))
+    return made
 
 
 @pytest.fixture
@@ -86,6 +94,55 @@ def test_questions_without_their_picture_may_fail_alone(data: Path, capsys: pyte
         assert ask(data, data.parent / part, "--shard", f"{part}/2", "--allow-partial") == 0
     assert main(["eval", "merge", str(data.parent / "1"), str(data.parent / "2"), "--out", str(data.parent / "m")]) == 0
     assert read(data.parent / "m")["per_item"] == found["per_item"]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_picture_that_is_there_now_is_asked_about_again_and_no_other(
+    data: Path, looker: Looker, shards: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = data.parent / "out", data.parent / "gone.png"
+    assert ask(data, out, "--allow-partial") == 0
+    Image.new("RGB", (16, 16), "white").save(picture)
+    assert ask(data, out) == 0
+    assert read(out)["failed"] == 1
+    looker.asked.clear()
+    for part in range(1, shards + 1):
+        assert ask(data, out, "--retry-failed", "--shard", f"{part}/{shards}") == 0
+    if shards > 1:
+        assert main(["eval", "merge", str(out), "--out", str(out)]) == 0
+    assert looker.asked == ["gone"]
+    assert (read(out)["failed"], read(out)["metrics"]["accuracy"]) == (0, 1)
+    looker.asked.clear()
+    assert ask(data, out) == 0
+    assert looker.asked == []
+    Image.new("RGB", (90, 80), "white").save(picture)
+    before = (out / "answers.jsonl").read_bytes()
+    assert ask(data, out) == 1
+    assert "the pictures of 1 questions are others than those they were asked about (gone)" in capsys.readouterr().err
+    assert (out / "answers.jsonl").read_bytes() == before
+
+
+def test_a_page_that_cannot_be_written_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = data.parent / "out"
+    assert ask(data, out, "--limit", "2") == 0
+    for path in (out / "thumbnails").iterdir():
+        path.unlink()
+    (out / "thumbnails").rmdir()
+    (out / "thumbnails").touch()
+    assert ask(data, out, "--limit", "2") == 1
+    assert "thumbnails: can't be written (File exists); the answers are kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_time_of_all_runs_counts(data: Path, looker: Looker, shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches, of two questions and of one, that take a second each."""
+    monkeypatch.setattr(evaluation_run, "time", SimpleNamespace(perf_counter=count().__next__))
+    real, out = looker.replies, data.parent / "out"
+    monkeypatch.setattr(looker, "replies", lambda batches: ([*chain(*real([batch]))] for batch in batches))
+    for part in range(1, shards + 1):
+        assert ask(data, out, "--limit", "3", "--batch-size", "2", "--shard", f"{part}/{shards}") == 0
+    assert main(["eval", "merge", str(out), "--out", str(out)]) == 0
+    assert (read(out)["seconds"], read(out)["seconds_per_question"]) == (2, pytest.approx(2 / 3, abs=1e-6))
 
 
 def test_demonstrations_are_of_pictures_that_are_there(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,33 @@ def test_a_busy_server_is_asked_again_and_a_refused_question_fails_alone(
     assert re.fullmatch(rf"{fake.url}/v1: (429: full|503: draining|500: oh); asking again \(2 of 6\)", complaints[0])
 
 
+def test_a_question_that_the_server_always_fails_at_fails_alone(fake: Fake) -> None:
+    poison = "what 3?"
+
+    def answer(body: dict[str, Any]) -> Answer:
+        asked = body["messages"][0]["content"]
+        return refused(500, "oh \ud800 no") if asked[0] != "H" and asked[0]["text"] == poison else said("red")
+
+    fake.answer = answer
+    told = replies(RemoteModel(fake.url, None, 7, 1), prompts(6))
+    assert told.pop("3")[1] == f"{fake.url}/v1/chat/completions: 500: oh ? no (6 tries)"
+    assert set(told.values()) == {("red", None)}
+    assert len(fake.asked) == 5 + remote.TRIES + 1
+
+
+@pytest.mark.parametrize("key", ["a\nb", "schl\u00fcssel"])
+def test_a_key_that_is_none_is_not_sent_nor_shown(fake: Fake, key: str) -> None:
+    with pytest.raises(UserError, match="the API key has characters that no key has") as told:
+        RemoteModel(fake.url, "demo", 7, 1, key)
+    assert key not in str(told.value)
+
+
+def test_the_key_of_a_file_may_have_its_line_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame\r\n")
+    monkeypatch.delenv("VLM_API_KEY", raising=False)
+    assert remote.default_key(None) == "sesame"
+
+
 def test_what_would_fail_every_question_ends_the_run(fake: Fake) -> None:
     for status in (401, 404):
         fake.answer = lambda _, status=status: refused(status, "no such door")  # type: ignore[misc]

@@ -10,11 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from data.pictures import ImageRef
 from train.evaluation.prompts import Prompt, Reply
 from vlm.checkpoint import read_object
 from vlm.errors import UserError
 
+_REPLIES = msgspec.json.Decoder(Reply)
 SETTINGS, SCORES, REPORT = "settings.json", "scores.json", "report.html"
 UNIMPORTANT = {"data", "images", "shots_data", "shots_images", "mode"}
 
@@ -44,14 +47,13 @@ class Journal:
         except OSError as error:
             raise UserError(f"{self.folder}: can't be written ({error.strerror})") from None
         held = read_settings(self.folder)
-        if held is not None and (name := differing(held, settings)):
-            others = any(path != self._lock_path for path in self.folder.glob("*.lock"))
-            if others or any(path.stat().st_size for path in self.folder.glob("answers*.jsonl")):
-                self.close()
-                raise UserError(
-                    f"{self.folder}: holds an evaluation with another {name.replace('_', ' ')} ("
-                    f"{shown(held.get(name))}, and not {shown(settings.get(name))}); use another --out"
-                )
+        name = None if held is None else differing(held, settings)
+        if name and (self._others_at_work() or any(path.stat().st_size for path in self.folder.glob("answers*.jsonl"))):
+            self.close()
+            raise UserError(
+                f"{self.folder}: holds an evaluation with another {name.replace('_', ' ')} ("
+                f"{shown(held and held.get(name))}, and not {shown(settings.get(name))}); use another --out"
+            )
         write_aside(self.folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False))
 
     def _lock_folder(self) -> None:
@@ -67,18 +69,17 @@ class Journal:
             else:  # whoever held it took it away meanwhile
                 os.close(lock)
 
+    def _others_at_work(self) -> bool:
+        return any(_is_locked(path) for path in self.folder.glob("*.lock") if path != self._lock_path)
+
     def abandon(self) -> None:
         """Takes the folder back, if nothing was answered and nobody else is at it; to be called after `close`."""
         answers = list(self.folder.glob("answers*.jsonl"))
-        if not any(path.stat().st_size for path in answers) and not any(self.folder.glob("*.lock")):
-            for path in (*answers, self.folder / SETTINGS):
+        if not any(path.stat().st_size for path in answers) and not self._others_at_work():
+            for path in (*answers, *self.folder.glob("*.lock"), self.folder / SETTINGS):
                 path.unlink(missing_ok=True)
             with suppress(OSError):  # a log is in it
                 self.folder.rmdir()
-
-    def read(self) -> dict[str, Reply]:
-        """The replies so far, by id. What a kill cut off in the middle is forgotten."""
-        return {reply.id: reply for reply in read_replies(self.path)}
 
     def open(self, replies: Iterable[Reply]) -> None:
         """Forgets all but these, to append others."""
@@ -114,17 +115,19 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return read_object(path) if path.is_file() else None
 
 
-def read_replies(path: Path) -> list[Reply]:
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # cut off by a kill, or empty
-        if isinstance(row, dict) and isinstance(row.get("id"), str):
-            found.append(Reply(row["id"], row.get("answer"), row.get("error"), row.get("seconds", 0.0)))
+def read_replies(*folders: Path) -> dict[str, Reply]:
+    """What all processes have left in these folders, by id; a question that failed in one and has an answer in another
+    has an answer. What a kill cut off in the middle is forgotten."""
+    found: dict[str, Reply] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("answers*.jsonl"))):
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                reply = _REPLIES.decode(line)
+            except (msgspec.MsgspecError, ValueError):
+                continue  # cut off by a kill, or empty
+            before = found.get(reply.id)
+            if (before is None or before.error) and (reply.answer is not None or reply.error):
+                found[reply.id] = reply
     return found
 
 
@@ -137,22 +140,30 @@ def differing(held: Mapping[str, Any], settings: Mapping[str, Any]) -> str | Non
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Of everything that is asked: other questions, words, demonstrations or images have another one.
-
-    Images count by their names and sizes, wherever they lie.
-    """
+    """Of everything that is asked but the pictures: other questions, words or demonstrations have another one."""
     total = hashlib.sha256()
-    sizes: dict[ImageRef | None, str] = {None: ""}
     for prompt in prompts:
-        for turn in prompt.turns:
-            if turn.image not in sizes:
-                sizes[turn.image] = _named(turn.image)
-        turns = [[turn.text, sizes[turn.image], turn.answer] for turn in prompt.turns]
+        turns = [[turn.text, turn.image is not None, turn.answer] for turn in prompt.turns]
         total.update(json.dumps([prompt.id, turns]).encode())
     return total.hexdigest()[:16]
 
 
-def _named(image: ImageRef | None) -> str:
+class PictureDigests:
+    """Of the pictures of a prompt: their names and sizes, wherever they lie."""
+
+    def __init__(self) -> None:
+        self._known: dict[ImageRef, str] = {}
+
+    def __call__(self, prompt: Prompt) -> str:
+        if not (images := prompt.images):
+            return ""
+        for image in images:
+            if image not in self._known:
+                self._known[image] = _named(image)
+        return hashlib.sha256("\n".join(self._known[image] for image in images).encode()).hexdigest()[:12]
+
+
+def _named(image: ImageRef) -> str:
     if isinstance(image, Path):
         return f"{image.name} {image.stat().st_size if image.is_file() else None}"
     return Path(str(image)).name
@@ -172,7 +183,7 @@ def model_hash(folder: Path) -> str:
 def write_aside(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair can't be written
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror})") from None
@@ -188,6 +199,16 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)[:60]
+
+
+def _is_locked(path: Path) -> bool:
+    """By a process that lives: a killed one's lock is a file, and no more."""
+    with path.open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def _ours(folder: Path) -> bool:

@@ -119,8 +119,11 @@ def write_page(evaluation: Evaluation, folder: Path, controls: Sequence[Evaluati
     ranked = sorted(evaluation.items, key=lambda item: scores.per_item.get(item.id, 0.0))
     chosen = ranked if len(ranked) <= SHOWN else [*ranked[: SHOWN // 2], *ranked[-SHOWN // 2 :]]
     thumbnails = folder / "thumbnails"
-    thumbnails.mkdir(exist_ok=True)
-    cards = [_card(evaluation, item, number, thumbnails) for number, item in enumerate(chosen)]
+    try:
+        thumbnails.mkdir(exist_ok=True)
+        cards = [_card(evaluation, item, number, thumbnails) for number, item in enumerate(chosen)]
+    except OSError as error:
+        raise UserError(f"{thumbnails}: can't be written ({error.strerror}); the answers are kept") from None
     page = _pages.get_template("evaluation.html").render(
         title=f"{scores.task}: {Path(str(evaluation.settings['model'])).name or evaluation.settings['model']}",
         evaluation=evaluation,

@@ -52,20 +52,24 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What became of a prompt: its answer, or why it has none; seconds: its part of the time that asking took."""
+    """What became of a prompt: its answer, or why it has none.
+
+    seconds: its part of the time that asking took; pictures: a digest of those that it was asked about.
+    """
 
     id: str
-    answer: str | None
+    answer: str | None = None
     error: str | None = None
     seconds: float = 0.0
+    pictures: str = ""
 
     @classmethod
     def failed(cls, prompt: Prompt, why: object) -> "Reply":
-        return cls(prompt.id, None, str(why))
+        return cls(prompt.id, None, str(why).encode(errors="replace").decode())
 
     def as_json(self) -> Mapping[str, str | float | None]:
         said = {"answer": self.answer} if self.error is None else {"error": self.error}
-        return {"id": self.id, **said, "seconds": self.seconds}
+        return {"id": self.id, **said, "seconds": self.seconds, "pictures": self.pictures}
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class RemoteModel:
         import httpx
 
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise UserError("the API key has characters that no key has: a line end, or a letter with an accent")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self.client = httpx.Client(headers=headers, timeout=httpx.Timeout(TIMEOUT, connect=30.0), limits=limits)
@@ -114,6 +116,9 @@ class RemoteModel:
             told = self._request("POST", "/chat/completions", body)
         except RefusedError as error:
             return Reply.failed(prompt, error)
+        except BusyError as error:
+            self._check_health(error)
+            return Reply.failed(prompt, error)
         try:
             text = told["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
@@ -121,6 +126,16 @@ class RemoteModel:
         if not isinstance(text, str):
             return Reply.failed(prompt, f"the server gave no text but {text!r:.40}")
         return Reply(prompt.id, text.encode(errors="replace").decode().strip())
+
+    def _check_health(self, error: UserError) -> None:
+        """Raises it unless the server answers a question that nobody can fail at: then it's this one's fault."""
+        greeting = {"model": self.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        try:
+            self._request("POST", "/chat/completions", greeting, tries=1)
+        except RefusedError:
+            pass  # which is an answer, too
+        except UserError:
+            raise UserError(f"{error}; what is answered already is kept") from None
 
     def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         messages = prompt.messages()
@@ -132,7 +147,8 @@ class RemoteModel:
         return messages
 
     def _request(self, method: str, path: str, body: Any = None, tries: int = TRIES) -> Any:
-        """RefusedError for what is wrong with this request alone, UserError for what would fail all others, too."""
+        """RefusedError for what is wrong with this request alone, UserError for what would fail all others, too;
+        BusyError where nobody knows, since no try was answered."""
         import httpx
 
         for attempt in range(1, tries + 1):
@@ -154,7 +170,7 @@ class RemoteModel:
             if attempt < tries:
                 self._complain(f"{why}; asking again ({attempt + 1} of {tries})")
                 self.stopped.wait(pause(attempt, asked_for))
-        raise UserError(f"{self.url}{path}: {why} ({tries} tries); what is answered already is kept")
+        raise BusyError(f"{self.url}{path}: {why} ({tries} tries)")
 
     def _complain(self, what: str) -> None:
         """Says why nothing comes; for all threads together, now and then."""
@@ -182,6 +198,10 @@ def _taken(done: "SimpleQueue[Reply | BaseException]") -> Reply:
     if isinstance(found, BaseException):
         raise found
     return found
+
+
+class BusyError(UserError):
+    """The server has not answered this request, however often it was asked."""
 
 
 class RefusedError(Exception):
@@ -255,4 +275,5 @@ def _wait_until_ready(server: "subprocess.Popen[bytes]", log: Path) -> str:
 
 
 def default_key(api_key: str | None) -> str | None:
-    return api_key or os.environ.get("VLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    found = api_key or os.environ.get("VLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    return found.strip() if found else None

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from data.benchmarks import Benchmark, Item
 from data.benchmarks.predictions import listed
 from data.progress import progress
-from train.evaluation.journal import Journal, differing, read_replies, read_settings
+from train.evaluation.journal import Journal, PictureDigests, differing, read_replies, read_settings
 from train.evaluation.outputs import Evaluation, write_outputs
 from train.evaluation.prompts import CONTROLS, Prompt, Reply
 from train.evaluation.tasks import Means, Question, Task, make_tasks
@@ -67,14 +67,30 @@ def answer(tasks: Sequence[Task], journals: Sequence[Journal], means: Means) -> 
         answerer: Answerer | None = None
         for task, journal in zip(tasks, journals, strict=True):
             batches = task.batches(means)
-            known = {
-                name: reply for name, reply in journal.read().items() if reply.error is None or not means.retry_failed
-            }
+            known = remembered(batches, task.folder, means.retry_failed)
             if all(prompt.id in known for batch in batches for prompt in batch):
                 continue
             if answerer is None:
                 answerer = stack.enter_context(opened(task, means))
             ask(task, batches, journal, known, answerer)
+
+
+def remembered(batches: Batches, folder: Path, retry_failed: bool) -> dict[str, Reply]:
+    """The replies to these that any process has left in the folder. UserError when they are about other pictures."""
+    replies, digests = read_replies(folder), PictureDigests()
+    known, changed = {}, []
+    for prompt in (prompt for batch in batches for prompt in batch):
+        reply = replies.get(prompt.id)
+        if reply is not None and (reply.error is None or not retry_failed):
+            known[prompt.id] = reply
+            if reply.error is None and reply.pictures != digests(prompt):
+                changed.append(prompt.id)
+    if changed:
+        raise UserError(
+            f"{folder}: the pictures of {len(changed)} questions are others than those they were asked about "
+            f"({listed(changed)}); use another --out"
+        )
+    return known
 
 
 def ask(
@@ -90,6 +106,7 @@ def ask(
         known = {name: reply for name, reply in known.items() if name not in again}
     else:
         todo = [[prompt for prompt in batch if prompt.id not in known] for batch in batches]
+    prompts, digests = {prompt.id: prompt for batch in todo for prompt in batch}, PictureDigests()
     total = sum(map(len, batches))
     done = len(known)
     what = task.question.task + ("" if task.question.control == "none" else f" ({task.question.control})")
@@ -100,7 +117,8 @@ def ask(
         began = time.perf_counter()
         for some in answerer.replies([batch for batch in todo if batch]):
             now = time.perf_counter()
-            replies = [replace(reply, seconds=round((now - began) / len(some), 6)) for reply in some]
+            seconds = round((now - began) / max(len(some), 1), 6)
+            replies = [replace(reply, seconds=seconds, pictures=digests(prompts[reply.id])) for reply in some]
             began = now
             journal.append(replies)
             running.add(replies)
@@ -174,10 +192,7 @@ def conclude(tasks: Sequence[Task], sources: Sequence[Path]) -> list[Evaluation]
 
 def gather(task: Task, sources: Sequence[Path]) -> dict[str, Reply]:
     """The replies of all shards, in the order of the questions. UserError when some are missing."""
-    found: dict[str, Reply] = {}
-    for source in sources:
-        for path in sorted(source.glob("answers*.jsonl")):
-            found.update({reply.id: reply for reply in read_replies(path)})
+    found = read_replies(*sources)
     if missing := [prompt.id for prompt in task.prompts if prompt.id not in found]:
         raise UserError(
             f"{', '.join(map(str, sources))}: {len(missing)} of {len(task.prompts)} questions have no answer yet "
@@ -186,12 +201,15 @@ def gather(task: Task, sources: Sequence[Path]) -> dict[str, Reply]:
     return {prompt.id: found[prompt.id] for prompt in task.prompts}
 
 
-def merge(sources: Sequence[Path], out: Path) -> list[Evaluation]:
-    """One evaluation folder of those that shards have left, on whatever machines."""
+def merge(sources: Sequence[Path], out: Path, **places: Any) -> list[Evaluation]:
+    """One evaluation folder of those that shards have left, on whatever machines.
+
+    places: settings that are others here, of those that change no answer: where files lie, the mode of the score.
+    """
     held = {source: read_settings(source) for source in sources}
     first = held[sources[0]]
     for source, settings in held.items():
-        if not first or not settings or "questions_sha256" not in settings:
+        if not first or not settings or not {"questions_sha256", "model_sha256"} <= settings.keys():
             raise UserError(f"{source if first else sources[0]}: no evaluation folder")
         if name := differing(first, settings):
             raise UserError(f"{source} and {sources[0]}: evaluations with another {name.replace('_', ' ')}")
@@ -200,8 +218,10 @@ def merge(sources: Sequence[Path], out: Path) -> list[Evaluation]:
     if len(set(with_controls.values())) > 1:
         without = [str(source) for source, there in with_controls.items() if not there]
         raise UserError(f"{', '.join(without)}: no controls there, which the other parts have")
-    question = parse(Question, {name: first[name] for name in Question.__dataclass_fields__}, str(sources[0]))
-    tasks = make_tasks(question, out, with_controls[sources[0]], allow_partial=True)
+    asked = {name: first[name] for name in Question.__dataclass_fields__ if name in first}
+    question = replace(parse(Question, asked, str(sources[0])), **places)
+    # of the model that gave the answers, whatever lies in its folder now
+    tasks = make_tasks(question, out, with_controls[sources[0]], True, first["model_sha256"])
     if first["questions_sha256"] != tasks[0].settings["questions_sha256"]:
         raise UserError(f"{question.data}: the questions are others than those of {sources[0]}")
     with claimed(tasks, Means()) as journals:

@@ -103,7 +103,10 @@ class Task:
         return [*chunks[-1:], *chunks[:-1]][means.shard - 1 :: means.shards]
 
 
-def make_tasks(question: Question, out: Path, controls: bool, allow_partial: bool = False) -> list[Task]:
+def make_tasks(
+    question: Question, out: Path, controls: bool, allow_partial: bool = False, model_sha256: str | None = None
+) -> list[Task]:
+    """model_sha256: where it's known; else that of the files that the model's folder holds."""
     if controls and question.control != "none":
         raise UserError("--controls runs both controls beside the evaluation; leave --control out")
     benchmark = find_benchmark(question.task)
@@ -121,7 +124,7 @@ def make_tasks(question: Question, out: Path, controls: bool, allow_partial: boo
     if question.shots:
         shots = Shots(question.shots, _demonstrations(benchmark, question, allow_partial), question.seed)
     names = [question.control, *(CONTROLS[1:] if controls else ())]
-    sha256 = _hash(question)
+    sha256 = model_sha256 or _hash(question)
     tasks = []
     for name in names:
         one = replace(question, control=name)
@@ -159,6 +162,8 @@ def _settings(question: Question, benchmark: Benchmark, prompts: Sequence[Prompt
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(question).items()}
     settings["prompt"] = question.prompt or benchmark.prompt
     settings["max_tokens"] = question.max_tokens or benchmark.max_tokens
-    settings["engine"] = re.sub(r"//[^/@]*@", "//", question.engine)  # a password is nobody's business
+    engine = question.engine.rstrip("/").removesuffix("/v1")
+    settings["engine"] = re.sub(r"//[^/@]*@", "//", engine)  # a password is nobody's business
+    settings["device"] = question.device.partition(":")[0]  # GPUs of one machine are the same
     settings["questions_sha256"] = digest(prompts)
     return settings

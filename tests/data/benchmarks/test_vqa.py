@@ -243,6 +243,9 @@ def test_pictures_are_found_by_number_under_any_name(tmp_path: Path) -> None:
     (folder / "val2014/COCO_val2014_000000000300.jpg").unlink()
     with pytest.raises(UserError, match=r"2 pictures are not there \(of image 2, of image 300\), .*val2014: no"):
         check_pictures(VQA().items(folder, None))
+    (folder / "val2014/2.PNG").touch()
+    with pytest.raises(UserError, match=r"2 pictures .* \(2\.PNG, of image 300\), such as .*2\.PNG: an empty file"):
+        check_pictures(VQA().items(folder, None))
     with pytest.raises(UserError, match="nowhere: no such image folder"):
         VQA().items(folder, tmp_path / "nowhere")
 
