@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.train.evaluations import QUESTION, ask, scores, write_rows
+from train.evaluation.journal import Journal
 from train.evaluation.local import LocalModel
 from vlm.cli import main
+from vlm.errors import UserError
 
 
 def test_shards_are_merged_to_the_same_evaluation(
@@ -126,6 +128,17 @@ def test_parts_keep_the_model_that_answered_and_are_merged_anywhere(
     rows = [{**QUESTION, "id": f"q{n}"} for n in range(12)]
     assert main([*merge, "--data", str(write_rows(tmp_path / "others.jsonl", rows))]) == 1
     assert "the questions are others than those of " in capsys.readouterr().err
+
+
+def test_a_folder_is_not_taken_from_a_process_that_has_answered_nothing_yet(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "out", 1, 2)
+    first.claim({"limit": 3})
+    with pytest.raises(UserError, match=r"holds an evaluation with another limit \(3, and not 2\)"):
+        Journal(tmp_path / "out").claim({"limit": 2})
+    first.close()
+    last = Journal(tmp_path / "out")
+    last.claim({"limit": 2})
+    last.close()
 
 
 def test_what_a_kill_before_the_first_answer_leaves_is_nobodys(model: Path, data: Path, tmp_path: Path) -> None:
