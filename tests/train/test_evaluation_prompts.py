@@ -1,6 +1,8 @@
 """What a model is asked: demonstrations, controls, and choices ranked by their likelihood."""
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 from data.benchmarks import Item, find_benchmark
+from data.pictures import ImageRef, MissingImage
 from tests.conftest import TinyModels
 from train.evaluation.local import LocalModel
 from train.evaluation.prompts import Prompt, Shots, Turn, controlled_images, make_prompts
@@ -61,6 +64,51 @@ def test_shuffled_prompts_show_another_questions_image() -> None:
     mostly = [Item(str(n), "", (), Path("a.png" if n < 7 else "b.png")) for n in range(10)]
     with pytest.raises(UserError, match="one image belongs to more than half of the items"):
         controlled_images(mostly, "shuffled", 0)
+
+
+def check_shuffled(images: list[ImageRef | None], seed: int) -> None:
+    """A permutation of the pictures that are there, nobody's own; the others stay."""
+    shown = controlled_images([Item(str(n), "", (), image) for n, image in enumerate(images)], "shuffled", seed)
+    assert Counter(shown) == Counter(images)
+    for image, other in zip(images, shown, strict=True):
+        assert (image == other) is isinstance(image, MissingImage)
+
+
+def test_shuffling_succeeds_wherever_it_can() -> None:
+    draw = random.Random(0)
+    possible = 0
+    for seed in range(3000):
+        images: list[ImageRef | None] = [
+            Path(str(draw.randrange(draw.randint(1, 4)))) for _ in range(draw.randint(1, 9))
+        ]
+        half = Counter(images).most_common(1)[0][1] * 2 <= len(images)
+        possible += half
+        for n in range(draw.randint(0, 3)):
+            images.insert(draw.randint(0, len(images)), MissingImage(str(n), "gone"))
+        if half:
+            check_shuffled(images, seed)
+        else:
+            with pytest.raises(UserError, match="--control shuffled"):
+                check_shuffled(images, seed)
+    assert 500 < possible < 2500
+
+
+def test_few_pictures_with_many_questions_are_shuffled_at_once() -> None:
+    check_shuffled([Path(str(n % 20)) for n in range(50_000)], 0)
+    check_shuffled([Path(str(n if n % 2 else 0)) for n in range(50_000)], 0)  # one of them half of the time
+
+
+@pytest.mark.parametrize("control", ["none", "blind", "shuffled"])
+def test_a_question_whose_picture_is_missing_fails_under_every_control(control: str) -> None:
+    asked = items(10)
+    gone = [Item(f"gone{n}", "?", ("red",), MissingImage(f"{n}.png", "not there")) for n in range(2)]
+    mixed = [gone[0], *asked[:5], gone[1], *asked[5:]]
+    prompts = make_prompts(EXACT, mixed, "{question}", control, shots=Shots(2, items(20), seed=0))
+    for item, prompt in zip(mixed, prompts, strict=True):
+        missing = [image for image in prompt.images if isinstance(image, MissingImage)]
+        assert missing == ([item.image] if item in gone else [])
+        if control == "blind":
+            assert prompt.images == missing
 
 
 def test_braces_in_questions_and_prompts_are_text() -> None:

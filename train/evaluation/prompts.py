@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from data.benchmarks import Benchmark, Item
-from data.pictures import ImageRef
+from data.pictures import ImageRef, MissingImage
 from vlm.errors import UserError
 
 CONTROLS = ("none", "blind", "shuffled")
+DRAWS = 64  # of a place to swap with, before all are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,21 +134,39 @@ def ask(template: str, item: Item) -> str:
 
 
 def controlled_images(items: Sequence[Item], control: str, seed: int) -> list[ImageRef | None]:
-    """The image that each item is asked about. shuffled: a permutation that leaves no item its own picture."""
+    """The image that each item is asked about. shuffled: a permutation that leaves no item its own picture.
+
+    Missing pictures stay where they are, so that the same questions fail whatever the control.
+    """
     images = [item.image for item in items]
     if control == "none":
         return images
     if control == "blind":
-        return [None] * len(images)
-    if len(set(images)) < 2:
+        return [image if isinstance(image, MissingImage) else None for image in images]
+    there = [place for place, image in enumerate(images) if not isinstance(image, MissingImage)]
+    numbers: dict[ImageRef | None, int] = {}
+    own = np.array([numbers.setdefault(images[place], len(numbers)) for place in there])
+    if len(numbers) < 2:
         raise UserError("--control shuffled needs at least two different images")
-    rng = np.random.default_rng(seed)
-    shuffled = [images[i] for i in rng.permutation(len(images))]
-    for i, image in enumerate(images):
-        if shuffled[i] == image:
-            others = [j for j in range(len(images)) if images[j] != image and shuffled[j] != image]
-            if not others:
-                raise UserError("--control shuffled: one image belongs to more than half of the items")
-            j = others[int(rng.integers(len(others)))]
-            shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
-    return shuffled
+    pictures = list(numbers)
+    shown = images.copy()
+    for place, number in zip(there, _shuffled(own, np.random.default_rng(seed)).tolist(), strict=True):
+        shown[place] = pictures[number]
+    return shown
+
+
+def _shuffled(own: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A permutation of `own` that is another number everywhere."""
+    found = rng.permutation(own)
+    for i in np.flatnonzero(found == own):
+        mine = own[i]
+        if found[i] != mine:  # swapped away since
+            continue
+        drawn = rng.integers(len(own), size=DRAWS)
+        others = drawn[(own[drawn] != mine) & (found[drawn] != mine)]
+        if not len(others):
+            others = rng.permutation(np.flatnonzero((own != mine) & (found != mine)))
+        if not len(others):
+            raise UserError("--control shuffled: one image belongs to more than half of the items")
+        found[i], found[others[0]] = found[others[0]], mine
+    return found
