@@ -115,8 +115,8 @@ class Benchmark(ABC):
 
 
 def as_number(name: str) -> int | str:
-    """Ids are numbers where they were, as evaluation servers want them."""
-    return int(name) if name.isdecimal() and str(int(name)) == name else name
+    """Ids are numbers where they were, as evaluation servers want them; of more than 18 digits they stay text."""
+    return int(name) if len(name) <= 18 and name.isdecimal() and str(int(name)) == name else name
 
 
 def averaged(
