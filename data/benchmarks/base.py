@@ -49,7 +49,8 @@ class Benchmark(ABC):
 
     @abstractmethod
     def references(self, path: Path) -> list[Item]:
-        """What a file of references says of each question; enough to score, not to ask."""
+        """What a file of references says of each question; enough to score, not to ask. Without references it isn't
+        scored."""
 
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
@@ -91,11 +92,15 @@ class Benchmark(ABC):
     def matched(
         self, predictions: Path, references: Path, allow_partial: bool = False
     ) -> tuple[list[Item], dict[str, str], LeftOut]:
-        """The questions that have a prediction, and these; UserError for whatever doesn't fit (`match`)."""
+        """The scored questions that have a prediction, and these; UserError for whatever doesn't fit (`match`)."""
         items, given = self.references(references), self.predictions(predictions)
         unique([item.id for item in items], references)
         items = self.of_interest(items, given, references)
-        answers, left_out = match(given, [item.id for item in items], references, allow_partial)
+        unscored = {item.id for item in items if not item.references}
+        items = [item for item in items if item.references]
+        if not items:
+            raise UserError(f"{references}: {len(unscored)} questions, none of which is scored")
+        answers, left_out = match(given, [item.id for item in items], references, allow_partial, unscored)
         return [item for item in items if item.id in answers], answers, left_out
 
     def score_files(

@@ -22,18 +22,20 @@ class Question(msgspec.Struct):
     imageId: str  # noqa: N815 (the file's name for it)
     answer: str | None = None
     types: Types | None = None
+    isBalanced: bool = True  # noqa: N815
 
 
 class Reference(msgspec.Struct):
     answer: str
     types: Types | None = None
+    isBalanced: bool = True  # noqa: N815
 
 
 class GQA(Benchmark):
     """{id: {"question", "imageId", "answer", "types"}}; predictions [{"questionId", "prediction"}].
 
     Accuracy of exact matches, case and final punctuation ignored; as the official script breaks it down: binary and
-    open questions, structural and semantic types.
+    open questions, structural and semantic types. It counts balanced questions alone: others have no references here.
     """
 
     task = "gqa"
@@ -49,14 +51,17 @@ class GQA(Benchmark):
         pictures = files.pictures(images, ["images"])
 
         def ask(key: str, row: Question) -> Item:
-            references = () if row.answer is None else (row.answer,)
+            references = () if row.answer is None or not row.isBalanced else (row.answer,)
             image = pictures.by_name(f"{row.imageId}.jpg", ["images"])
             return Item(key, row.question, references, image, groups(row.types))
 
         return read_object(path, Question, ask)
 
     def references(self, path: Path) -> list[Item]:
-        return read_object(path, Reference, lambda key, row: Item(key, "", (row.answer,), None, groups(row.types)))
+        def told(key: str, row: Reference) -> Item:
+            return Item(key, "", (row.answer,) if row.isBalanced else (), None, groups(row.types))
+
+        return read_object(path, Reference, told)
 
     def submission(self, answers: Mapping[str, str]) -> str:
         return json.dumps([{"questionId": i, "prediction": normalise(text)} for i, text in answers.items()])

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -35,15 +35,19 @@ class Predictions:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """How many predictions and questions a score does without, which is asked for by --allow-partial."""
+    """How many predictions and questions a score does without, which is asked for by --allow-partial; unscored: how
+    many questions are of those that the benchmark never scores."""
 
     broken: int
     repeated: int
     missing: int
     unknown: int
+    unscored: int = 0
 
     def as_notes(self) -> dict[str, Any]:
-        return {"left_out": vars(self)} if any(vars(self).values()) else {}
+        counts = {name: count for name, count in vars(self).items() if name != "unscored"}
+        unscored = {"unscored": self.unscored} if self.unscored else {}
+        return unscored | ({"left_out": counts} if any(counts.values()) else {})
 
 
 def read_predictions(
@@ -83,9 +87,16 @@ def read_predictions(
 
 
 def match(
-    predictions: Predictions, questions: Iterable[str], references: Path, allow_partial: bool
+    predictions: Predictions,
+    questions: Iterable[str],
+    references: Path,
+    allow_partial: bool,
+    unscored: Collection[str] = (),
 ) -> tuple[dict[str, str], LeftOut]:
-    """Answers in the order of the questions. UserError for whatever doesn't fit, unless it may be left out."""
+    """Answers in the order of the questions. UserError for whatever doesn't fit, unless it may be left out.
+
+    unscored: ids that may have an answer, which isn't looked at.
+    """
     asked = dict.fromkeys(questions)
     said = predictions.answers
     if predictions.ordered:
@@ -93,7 +104,7 @@ def match(
         numbers = ((int(number), text) for number, text in said.items())
         said = {names[at] if at < len(names) else f"row {at + 1}": text for at, text in numbers}
     missing = [name for name in asked if name not in said]
-    unknown = [name for name in said if name not in asked]
+    unknown = [name for name in said if name not in asked and name not in unscored]
     found = [
         (predictions.broken, "rows can't be used"),
         (predictions.repeated, "ids come more than once"),
@@ -106,7 +117,7 @@ def match(
     answers = {name: said[name] for name in asked if name in said}
     if not answers:
         raise UserError(f"{predictions.path}: no prediction fits {references}: {wrong}")
-    return answers, LeftOut(*(len(items) for items, _ in found))
+    return answers, LeftOut(*map(len, [*(items for items, _ in found), unscored]))
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 
 from data.benchmarks.files import check_pictures
 from data.benchmarks.gqa import GQA, normalise
-from tests.data.benchmarks.files import picture, write
+from tests.data.benchmarks.files import picture, score, write
 from vlm import UserError
 
 QUESTIONS: dict[str, dict[str, Any]] = {
@@ -65,6 +65,29 @@ def test_accuracy_goes_by_kind_of_question(tmp_path: Path) -> None:
     )
     failed = GQA().score(GQA().references(references), {"201": None, "07": "cell phone", "x": None})
     assert failed.per_item == {"201": 0, "07": 1, "x": 0}
+
+
+def test_only_balanced_questions_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unbalanced = {f"u{n}": {**QUESTIONS["201"], "isBalanced": False} for n in range(3)}
+    references = write(tmp_path / "val_all_questions.json", {**QUESTIONS, **unbalanced})
+    said = [
+        {"questionId": i, "prediction": text} for i, text in (("201", "yes"), ("u1", "no"), ("07", "x"), ("x", "y"))
+    ]
+    scores = GQA().score_files(write(tmp_path / "p.json", said), references)
+    assert scores.per_item == {"201": 1, "07": 0, "x": 0}
+    assert scores.metrics["structural/verify"] == 1
+    assert scores.notes == {"unscored": 3}
+    _, out, _ = score(capsys, "gqa", tmp_path / "p.json", references, "--against", str(tmp_path / "p.json"), "--json")
+    assert (json.loads(out)["n"], json.loads(out)["unscored"]) == (3, 3)
+    write(tmp_path / "p.json", [*said[:2], {"questionId": "v", "prediction": ""}])
+    with pytest.raises(UserError, match=r"2 questions of .* have no prediction \(07, x\); 1 ids are not in .* \(v\)"):
+        GQA().score_files(tmp_path / "p.json", references)
+    partial = GQA().score_files(tmp_path / "p.json", references, allow_partial=True)
+    assert partial.notes == {"unscored": 3, "left_out": {"broken": 0, "repeated": 0, "missing": 2, "unknown": 1}}
+    asked = GQA().items(references, tmp_path)
+    assert [len(item.references) for item in asked] == [1, 1, 1, 0, 0, 0]
+    with pytest.raises(UserError, match=r"val_all_questions\.json: 3 questions, none of which is scored"):
+        GQA().score_files(tmp_path / "p.json", write(references, unbalanced))
 
 
 def test_questions_meet_their_pictures(tmp_path: Path) -> None:
