@@ -17,14 +17,27 @@ from vlm.errors import UserError
 
 # what LLaVA's script reads a letter from, then what people take for an answer, too
 _LETTER = re.compile(r"([A-Z])(?:\. .*)?", re.DOTALL)
-_SENTENCE = re.compile(r"The answer is ([A-Z])\b")
+_SENTENCE = re.compile(r"The answer is:? ([A-Z])\b")
 _BARE = re.compile(
-    r"\W*(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is|:)? *(?:option |choice )?)?"
-    r"[(\[*\"']*([a-z])[)\]*\"'.:,]*(?P<rest>[\s.].*)?",
+    r"\W*(?P<named>(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?:? *(?:option |choice )?)?"
+    r"[(\[*\"']*(?P<letter>[a-z])[)\]*\"'.:,;!]*(?P<rest>[\s.].*)?",
     re.IGNORECASE | re.DOTALL,
 )
+# "A dog" begins with an article, "A is a dog" doesn't: these words follow none
+_VERBS = "is|was|are|does|did|has|have|had|would|could|should|must|cannot|seems|looks|appears"
+_ARTICLE = re.compile(
+    rf"a +(?!(?:(?:best|better|most|also|clearly|closely|correctly|accurately|definitely|probably|likely|obviously) +)*"
+    rf"(?:{_VERBS}|can be|can not|will be|will not|may be|might be|matches|fits|shows|describes|depicts|represents|"
+    r"indicates|identifies|explains|answers|states|says|contains|includes|refers|corresponds|belongs|makes|gives|"
+    r"because|since|as|for|from|in|of|on|with|by|and|or|but|not|if|when|where|which|who|the|this|that|these|those|it)"
+    r"\b(?!-))\w",
+    re.IGNORECASE,
+)
 # behind a letter: another one, or that it isn't the answer
-_DOUBT = re.compile(r"\W*(?:(?:or|and)\W+\(?[A-Za-z]\b|[B-Z]\b|A\W*$|(?:is|was)?\W*(?:not|wrong|incorrect|isn't)\b)")
+_DOUBT = re.compile(
+    r"\W*(?:(?:or|and)\W+\(?[A-Za-z]\b|[B-Z]\b|A\W*$|"
+    rf"(?i:(?:(?:{_VERBS})\b\W*)?(?:not|wrong|incorrect|cannot)\b|(?:is|was|does|did|has|would|could|should|ca)n['\u2019]t\b))"
+)
 
 
 class ScienceQA(Benchmark):
@@ -154,11 +167,12 @@ def read_letter(answer: str, choices: Sequence[str]) -> str | None:
     if len(same) == 1:
         return same[0]
     found = _BARE.fullmatch(text)
-    # "A dog" begins with an article
-    article = re.match(r"\W*a +\w", text, re.IGNORECASE)
-    if found and found[1].upper() in letters and not article and not _DOUBT.match(found["rest"] or ""):
-        return found[1].upper()
-    return None
+    if found is None or found["letter"].upper() not in letters or _DOUBT.match(found["rest"] or ""):
+        return None
+    # "Answer: A dog" is A, "Answer: a dog" isn't
+    if _ARTICLE.match(text, found.start("letter")) and not (found["named"] and found["letter"] == "A"):
+        return None
+    return found["letter"].upper()
 
 
 def _plain(text: str) -> str:

@@ -168,3 +168,88 @@ def test_an_answer_that_names_two_letters_or_takes_one_back_names_none(answer: s
 )
 def test_an_answer_that_names_one_letter_names_it(answer: str) -> None:
     assert read_letter(answer, ["red", "green", "blue"]) == "B"
+
+
+@pytest.mark.parametrize("letter", "ABCD")
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "X is correct",
+        "X is blue",
+        "X was seen",
+        "X because it is red",
+        "X since it's red",
+        "X best matches the picture",
+        "X matches",
+        "X seems right",
+        "X has a tail",
+        "X shows a dog",
+        "X would be best",
+        "X most likely shows a dog",
+        "X clearly is",
+        "X as it is red",
+        "X with the dog",
+        "X, because red",
+        "X. blue",
+        "X!",
+        "X;",
+        "X: blue",
+        "(X) blue",
+        "X\nbecause",
+        "The answer is: X",
+        "Answer is: X",
+        "The correct answer is: X. blue",
+        "the answer is: X",
+        "Answer: X",
+        "Option X is correct",
+        "The best choice is X",
+        "The answer is X",
+    ],
+)
+def test_every_letter_is_read_alike(phrase: str, letter: str) -> None:
+    assert read_letter(phrase.replace("X", letter), ["red", "green", "blue", "white"]) == letter
+    if not phrase.startswith("The answer is X"):
+        lower = phrase.replace("X", letter.lower())
+        assert read_letter(lower, ["red", "green", "blue", "white"]) == letter
+
+
+@pytest.mark.parametrize("letter", "ABCD")
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "X is wrong",
+        "X isn't right",
+        "X is NOT correct",
+        "X does not match",
+        "X doesn't match",
+        "X cannot be",
+        "X is not",
+    ],
+)
+def test_every_letter_is_taken_back_alike(phrase: str, letter: str) -> None:
+    assert read_letter(phrase.replace("X", letter), ["red", "green", "blue", "white"]) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A dog",
+        "a dog",
+        "A dog is seen",
+        "A best friend",
+        "A most unusual dog",
+        "A for-profit firm",
+        "A clearly visible dog",
+        "A family is here",
+        "A can opener",
+        "(A dog)",
+        "the answer is a dog",
+        "The answer is: a dog",
+        "Answer: a dog",
+        "A bus",
+        "A likely story",
+        "A so-so dog",
+    ],
+)
+def test_an_article_is_no_letter(answer: str) -> None:
+    assert read_letter(answer, ["red", "green", "blue", "white"]) is None
