@@ -88,7 +88,8 @@ def _pope(row: Row, index: int, image: ImageRef | None) -> Item:
 def _gqa(row: Row, index: int, image: ImageRef | None) -> Item:
     types = row.get("types")
     kinds = groups(Types(types.get("structural"), types.get("semantic"))) if isinstance(types, dict) else ()
-    return Item(_id(row, index, "id", "question_id"), row["question"], (row["answer"],), image, kinds)
+    references = (row["answer"],) if row.get("isBalanced", True) else ()
+    return Item(_id(row, index, "id", "question_id"), row["question"], references, image, kinds)
 
 
 def _science_qa(row: Row, index: int, image: ImageRef | None) -> Item:

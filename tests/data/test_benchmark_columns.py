@@ -94,7 +94,9 @@ def test_questions_of_gqa_keep_their_kinds(tmp_path: Path) -> None:
         {"structural": None, "semantic": "obj", "detailed": None},
     ]
     row = {"question": "what?", "answer": "red", "image": png(5)}
-    items = read(tmp_path, "gqa", [{**row, "id": str(n), "types": one} for n, one in enumerate(types)])
+    rows = [{**row, "id": str(n), "types": one, "isBalanced": n < 2} for n, one in enumerate(types)]
+    items = read(tmp_path, "gqa", rows)
+    assert [item.references for item in items] == [("red",), ("red",), ()]
     assert [item.groups for item in items] == [
         ("accuracy/open", "structural/query", "semantic/rel"),
         ("accuracy/binary", "structural/verify"),
