@@ -138,6 +138,7 @@ def test_requests_that_are_thrown_out_and_read_in_pieces_say_the_same(tmp_path: 
     ask_all(tmp_path, "deep, mlp", (*EAGER, *CROWDED), count=60, max_tokens=120)
 
 
+@pytest.mark.soak
 def test_a_compiled_model_says_the_same(tmp_path: Path) -> None:
     server = ask_all(tmp_path, "deep, perceiver, all images", (), count=60, max_tokens=48)
     assert "Warming up model for the compilation" in server.log.read_text()

@@ -49,7 +49,9 @@ def brighten(folder: Path) -> None:
     path.write_text(json.dumps(settings))
 
 
-@pytest.mark.parametrize(("kind", "change"), [("deep, mlp", shut_gates), ("mlp", brighten)])
+@pytest.mark.parametrize(
+    ("kind", "change"), [("deep, mlp", shut_gates), pytest.param("mlp", brighten, marks=pytest.mark.soak)]
+)
 def test_a_model_that_was_changed_serves_nobody(tmp_path: Path, kind: str, change: Callable[[Path], None]) -> None:
     folder = tmp_path / "model"
     build(folder, kind)
