@@ -117,7 +117,7 @@ class SlotCache(Cache):
         try:
             for layer in self.slots:
                 layer.resize(*size)
-        except Exception:  # out of memory, most likely: what runs can go on in the old size
+        except Exception:  # whatever it was (torch has several for no memory): it is raised again, in the old size
             for layer in self.slots:
                 layer.resize(span.rows, span.length)
             raise

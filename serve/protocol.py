@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -144,9 +144,9 @@ class CompletionBody(SamplingBody):
             case str():
                 return [self.prompt]
             case [int(), *_]:
-                return [self.prompt]  # type: ignore[list-item]
+                return [cast(list[int], self.prompt)]
             case prompts:
-                return list(prompts)  # type: ignore[arg-type]
+                return list(cast(list[str] | list[list[int]], prompts))
 
 
 # what other servers can do and this one can't (yet): said, not ignored, since the answer would be another

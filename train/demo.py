@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data.benchmarks import Item, find_benchmark
+from data.benchmarks.files import check_pictures
 from data.pictures import ImageRef, load_image
 from data.scenes.write import write_scenes
 from train.evaluation.local import LocalModel
@@ -130,6 +131,7 @@ class Demo:
         benchmark = find_benchmark("exact")
         heldout = benchmark.items(self.scenes / "heldout.jsonl", None)
         unseen = benchmark.items(self.scenes / "unseen.jsonl", None)
+        check_pictures([*heldout, *unseen])
         model = LocalModel(*load(self.out / "model", pick_device("auto")), max_tokens=16)
 
         def ask(items: list[Item], control: str) -> dict[str, str | None]:

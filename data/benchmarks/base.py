@@ -60,14 +60,10 @@ class Benchmark(ABC):
         """id -> answer, from a file in the benchmark's own submission format."""
         return read_predictions(path, self.id_keys, self.text_keys, self.ordered)
 
-    def submission(self, answers: Mapping[str, str]) -> str:
-        """The text of a file in the benchmark's own submission format."""
+    def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
+        """The text of a file in the benchmark's own submission format: an answer for each item."""
         rows = [{self.id_keys[0]: as_number(i), self.text_keys[0]: answer} for i, answer in answers.items()]
         return json.dumps(rows, ensure_ascii=False)
-
-    def submitted(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
-        """`submission` of the answers to `items`, for formats that repeat what was asked."""
-        return self.submission(answers)
 
     def demonstrated(self, item: Item) -> str:
         """The answer that a demonstration of few-shot prompts gives: what most people said."""

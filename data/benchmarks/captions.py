@@ -68,7 +68,7 @@ class Captions(Benchmark):
             for image, texts in captions.items()
         ]
 
-    def submission(self, answers: Mapping[str, str]) -> str:
+    def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         return json.dumps([{"image_id": as_number(i), "caption": text} for i, text in answers.items()])
 
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:

@@ -95,7 +95,7 @@ class ScienceQA(Benchmark):
                 found.broken.append(f"outputs[{name}]: text is needed, not {repr(answer)[:40]}")
         return found
 
-    def submission(self, answers: Mapping[str, str]) -> str:
+    def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         return json.dumps({"outputs": dict(answers)}, ensure_ascii=False)
 
     def choices(self, item: Item) -> tuple[str, ...]:

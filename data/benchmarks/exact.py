@@ -44,7 +44,7 @@ class Exact(Benchmark):
         source = _open(path, None, None)
         return [_item(source, index)[0] for index in range(len(source))]
 
-    def submission(self, answers: Mapping[str, str]) -> str:
+    def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         rows = ({"id": i, "answer": answer} for i, answer in answers.items())
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

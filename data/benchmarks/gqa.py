@@ -19,16 +19,16 @@ class Types(msgspec.Struct):
 
 class Question(msgspec.Struct):
     question: str
-    imageId: str  # noqa: N815 (the file's name for it)
+    image: str = msgspec.field(name="imageId")
     answer: str | None = None
     types: Types | None = None
-    isBalanced: bool = True  # noqa: N815
+    balanced: bool = msgspec.field(default=True, name="isBalanced")
 
 
 class Reference(msgspec.Struct):
     answer: str
     types: Types | None = None
-    isBalanced: bool = True  # noqa: N815
+    balanced: bool = msgspec.field(default=True, name="isBalanced")
 
 
 class GQA(Benchmark):
@@ -51,19 +51,19 @@ class GQA(Benchmark):
         pictures = files.pictures(images, ["images"])
 
         def ask(key: str, row: Question) -> Item:
-            references = () if row.answer is None or not row.isBalanced else (row.answer,)
-            image = pictures.by_name(f"{row.imageId}.jpg", ["images"])
+            references = () if row.answer is None or not row.balanced else (row.answer,)
+            image = pictures.by_name(f"{row.image}.jpg", ["images"])
             return Item(key, row.question, references, image, groups(row.types))
 
         return read_object(path, Question, ask)
 
     def references(self, path: Path) -> list[Item]:
         def told(key: str, row: Reference) -> Item:
-            return Item(key, "", (row.answer,) if row.isBalanced else (), None, groups(row.types))
+            return Item(key, "", (row.answer,) if row.balanced else (), None, groups(row.types))
 
         return read_object(path, Reference, told)
 
-    def submission(self, answers: Mapping[str, str]) -> str:
+    def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         return json.dumps([{"questionId": i, "prediction": normalise(text)} for i, text in answers.items()])
 
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:

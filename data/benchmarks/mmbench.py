@@ -66,7 +66,7 @@ class MMBench(Benchmark):
         rows = _table_rows(path, _TABLES[kind]) if kind in _TABLES else None
         return read_predictions(path, self.id_keys, self.text_keys, rows=rows)
 
-    def submitted(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
+    def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         """The table without pictures and with the column `prediction`."""
         names = [name for name in COLUMNS if any(name in item.details.row for item in items)]
         text = io.StringIO(newline="")

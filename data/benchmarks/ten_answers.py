@@ -91,7 +91,7 @@ class VizWiz(VQA):
     def references(self, path: Path) -> list[Item]:
         return read_array(path, None, PhotoReference, lambda _, row: _photo(row, "", None))
 
-    def submission(self, answers: Mapping[str, str]) -> str:
+    def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         return json.dumps([{"image": i, "answer": text} for i, text in answers.items()], ensure_ascii=False)
 
 

@@ -41,7 +41,7 @@ class POPE(Benchmark):
     def references(self, path: Path) -> list[Item]:
         return [Item(name, "", (label,)) for name, _, label, _ in self._rows(path, asked=False)]
 
-    def submission(self, answers: Mapping[str, str]) -> str:
+    def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         rows = ({"question_id": as_number(i), "answer": text} for i, text in answers.items())
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

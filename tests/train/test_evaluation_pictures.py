@@ -122,6 +122,16 @@ def test_a_picture_that_is_there_now_is_asked_about_again_and_no_other(
     assert (out / "answers.jsonl").read_bytes() == before
 
 
+def test_a_blind_question_is_asked_again_with_its_picture_too(data: Path, looker: Looker) -> None:
+    out = data.parent / "out"
+    assert ask(data, out, "--allow-partial", "--control", "blind") == 0
+    Image.new("RGB", (16, 16), "white").save(data.parent / "gone.png")
+    looker.asked.clear()
+    assert ask(data, out, "--control", "blind", "--retry-failed") == 0
+    assert looker.asked == ["gone"]
+    assert read(out)["failed"] == 0
+
+
 def test_a_page_that_cannot_be_written_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = data.parent / "out"
     assert ask(data, out, "--limit", "2") == 0

@@ -161,6 +161,20 @@ def test_a_key_that_is_none_is_not_sent_nor_shown(fake: Fake, key: str) -> None:
     assert key not in str(told.value)
 
 
+def test_a_server_is_waited_for_as_long_as_what_is_asked_may_take(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, waited = RemoteModel(fake.url, "demo", 7, 1), {}
+
+    def send(request: Any, **_: Any) -> None:
+        waited[request.method] = request.extensions["timeout"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.client, "send", send)
+    for method in ("GET", "POST"):
+        with pytest.raises(KeyboardInterrupt):
+            model._request(method, "/models")
+    assert (waited["POST"]["connect"], waited["POST"]["read"], waited["GET"]["read"]) == (30, remote.TIMEOUT, 30)
+
+
 def test_the_key_of_a_file_may_have_its_line_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sesame\r\n")
     monkeypatch.delenv("VLM_API_KEY", raising=False)

@@ -87,7 +87,7 @@ class Journal:
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def append(self, replies: Sequence[Reply]) -> None:
-        """One write for all of them, so that a batch is there as a whole or as a piece that `read` tells."""
+        """One write for all of them, so that a batch is there as a whole or as a piece that `read_replies` tells."""
         assert self._file is not None
         data = "".join(map(_line, replies)).encode()
         try:
@@ -143,7 +143,7 @@ def digest(prompts: Sequence[Prompt]) -> str:
     """Of everything that is asked but the pictures: other questions, words or demonstrations have another one."""
     total = hashlib.sha256()
     for prompt in prompts:
-        turns = [[turn.text, turn.image is not None, turn.answer] for turn in prompt.turns]
+        turns = [[turn.text, turn.answer] for turn in prompt.turns]
         total.update(json.dumps([prompt.id, turns]).encode())
     return total.hexdigest()[:16]
 

@@ -74,7 +74,7 @@ def write_outputs(evaluation: Evaluation, folder: Path, controls: Sequence[Evalu
     """predictions in the benchmark's own format (a question that failed has a wrong answer), scores.json, the page."""
     replies, wrong = evaluation.replies, evaluation.benchmark.wrong
     answers = {item.id: wrong(item) if (said := replies[item.id].answer) is None else said for item in evaluation.items}
-    submission = evaluation.benchmark.submitted(evaluation.items, answers)
+    submission = evaluation.benchmark.submission(evaluation.items, answers)
     write_aside(folder / evaluation.benchmark.submission_name, submission)
     write_page(evaluation, folder, controls)
     # at the end, since what has scores is whole

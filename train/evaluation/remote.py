@@ -154,7 +154,7 @@ class RemoteModel:
         for attempt in range(1, tries + 1):
             asked_for = None
             try:
-                timeout = TIMEOUT if method == "POST" else 30.0
+                timeout = httpx.USE_CLIENT_DEFAULT if method == "POST" else 30.0
                 response = self.client.request(method, self.url + path, json=body, timeout=timeout)
             except httpx.HTTPError as error:
                 why = f"{type(error).__name__}: {first_line(error)}"

@@ -109,7 +109,7 @@ def test_images_meet_their_captions_and_pictures(tmp_path: Path) -> None:
 def test_a_submission_reads_back(tmp_path: Path) -> None:
     answers = {"1": "a dog", "x": "caf\u00e9"}
     path = tmp_path / "s.json"
-    path.write_text(Captions().submission(answers), encoding="utf-8")
+    path.write_text(Captions().submission([], answers), encoding="utf-8")
     assert Captions().predictions(path).answers == answers
     assert json.loads(path.read_text())[0] == {"image_id": 1, "caption": "a dog"}
 

@@ -143,7 +143,7 @@ def test_problems_of_another_shape_are_refused(tmp_path: Path, row: Any, complai
 
 def test_submissions_read_back(tmp_path: Path) -> None:
     path = tmp_path / "outputs.json"
-    path.write_text(ScienceQA().submission({"3": "A", "5": "\u00fc"}), encoding="utf-8")
+    path.write_text(ScienceQA().submission([], {"3": "A", "5": "\u00fc"}), encoding="utf-8")
     assert ScienceQA().predictions(path).answers == {"3": "A", "5": "\u00fc"}
     # as LLaVA's script writes them: a long file whose outputs come last
     write(path, {"acc": 1.0, "results": {str(n): 0 for n in range(999)}, "outputs": {"3": "A", "5": 7}})

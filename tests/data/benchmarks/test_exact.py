@@ -115,7 +115,7 @@ def test_a_question_that_failed_is_wrong(tmp_path: Path) -> None:
 def test_a_submission_reads_back(tmp_path: Path) -> None:
     answers = {"q1": "red", "q2": "it's ü\n", "7": ""}
     path = tmp_path / "predictions.jsonl"
-    path.write_text(Exact().submission(answers), encoding="utf-8")
+    path.write_text(Exact().submission([], answers), encoding="utf-8")
     assert Exact().predictions(path).answers == answers
 
 

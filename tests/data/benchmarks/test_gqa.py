@@ -125,7 +125,7 @@ def test_files_of_another_shape_are_refused(tmp_path: Path, content: Any, compla
 
 def test_a_submission_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "testdev_predictions.json"
-    path.write_text(GQA().submission({"201": "Yes.", "07": "cell phone"}), encoding="utf-8")
+    path.write_text(GQA().submission([], {"201": "Yes.", "07": "cell phone"}), encoding="utf-8")
     # the official script compares strictly, so what it gets is cleaned; ids are text, as in its questions
     assert json.loads(path.read_text()) == [
         {"questionId": "201", "prediction": "yes"},

@@ -252,7 +252,7 @@ def test_predictions_are_read_in_every_form(tmp_path: Path, form: str, capsys: p
     elif form == "lines":
         write_lines(predictions, [{"question_id": int(i), "text": text, "options": []} for i, text in ANSWERS.items()])
     elif form == "submission":
-        predictions.write_text(MMBench().submitted(items, ANSWERS), encoding="utf-8")
+        predictions.write_text(MMBench().submission(items, ANSWERS), encoding="utf-8")
         with predictions.open(encoding="utf-8", newline="") as file:
             told = list(csv.DictReader(file, dialect="excel-tab"))
         assert list(told[0]) == [

@@ -147,6 +147,6 @@ def test_vizwiz_questions_meet_their_pictures(tmp_path: Path) -> None:
 def test_submissions_read_back(tmp_path: Path, benchmark: TextVQA | VizWiz) -> None:
     answers = {"12": "a", "V_1.jpg": "\u00fc"}
     path = tmp_path / benchmark.submission_name
-    path.write_text(benchmark.submission(answers), encoding="utf-8")
+    path.write_text(benchmark.submission([], answers), encoding="utf-8")
     assert benchmark.predictions(path).answers == answers
     assert set(json.loads(path.read_text())[1]) == {benchmark.id_keys[0], "answer"}

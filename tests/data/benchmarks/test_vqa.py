@@ -276,7 +276,7 @@ def test_test_questions_come_without_annotations(tmp_path: Path) -> None:
 def test_a_submission_reads_back(tmp_path: Path) -> None:
     answers = {"1": "red", "22": "it's \u00fc", "x7": ""}
     path = tmp_path / "predictions.json"
-    path.write_text(VQA().submission(answers), encoding="utf-8")
+    path.write_text(VQA().submission([], answers), encoding="utf-8")
     assert VQA().predictions(path).answers == answers
     assert json.loads(path.read_text())[0] == {"question_id": 1, "answer": "red"}  # numbers, as the server wants them
 
@@ -284,6 +284,6 @@ def test_a_submission_reads_back(tmp_path: Path) -> None:
 def test_ids_of_any_length_are_submitted(tmp_path: Path) -> None:
     long = "9" * 5000
     path = tmp_path / "results.json"
-    path.write_text(VQA().submission({"9" * 18: "a", "9" * 19: "b", long: "c", "07": "d"}), encoding="utf-8")
+    path.write_text(VQA().submission([], {"9" * 18: "a", "9" * 19: "b", long: "c", "07": "d"}), encoding="utf-8")
     assert [row["question_id"] for row in json.loads(path.read_text())] == [int("9" * 18), "9" * 19, long, "07"]
     assert VQA().predictions(path).answers[long] == "c"

@@ -152,7 +152,7 @@ def test_labels_of_another_shape_are_refused(tmp_path: Path, row: Any, complaint
 def test_a_submission_reads_back(tmp_path: Path) -> None:
     answers = {"1": "yes", "b": "n\u00f6"}
     path = tmp_path / "answers.jsonl"
-    path.write_text(POPE().submission(answers), encoding="utf-8")
+    path.write_text(POPE().submission([], answers), encoding="utf-8")
     assert POPE().predictions(path).answers == answers
     assert json.loads(path.read_text().splitlines()[0]) == {"question_id": 1, "answer": "yes"}
     write(path, [{"question_id": 1, "prompt": "?", "text": "yes"}])  # LLaVA's answers call them text
