@@ -164,6 +164,8 @@ def open_columns(path: Path, files: Sequence[Path], split: str, streaming: bool 
         import datasets
     except ImportError:
         raise UserError(f"{path}: needs the library `datasets` (pip install 'vlm[train]')") from None
+    # else each file of one's own that is opened is told to a server of the library's, or waited for without a network
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         if not files:
             found = _from_hub(str(path), split, streaming)

@@ -1,6 +1,7 @@
 """Tiny random models, made once per test run, for every package."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,24 @@ IMAGE_SIZE, PATCH_SIZE, CONTEXT = 32, 8, 512
 TEXTS = ["what colour is the ball? the ball is red.", "how many cubes are left of the cone? two."]
 
 TinyModels = Callable[[str, str], Path]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests ask this machine alone. Libraries that ask others in passing hide that it failed; it is told afterwards."""
+    asked: list[Any] = []
+    look_up = socket.getaddrinfo
+
+    def look_up_here(host: Any, *rest: Any, **options: Any) -> Any:
+        if host in (None, "", "localhost", "127.0.0.1", "0.0.0.0", "::1", socket.gethostname()):
+            return look_up(host, *rest, **options)
+        if not str(host).endswith(".invalid"):  # reserved for names that nobody has (RFC 2606)
+            asked.append(host)
+        raise socket.gaierror(f"tests ask nobody but this machine, not {host}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
+    yield
+    assert not asked
 
 
 @pytest.fixture(scope="session")

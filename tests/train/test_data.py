@@ -174,12 +174,12 @@ def too_long(count: int) -> list[dict[str, str]]:
 def test_a_stream_of_which_no_row_can_be_used_ends_the_run(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pq.write_table(pa.Table.from_pylist(too_long(5)), tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(too_long(100)), tmp_path / "rows.parquet")
     data = [{"path": str(tmp_path / "rows.parquet"), "stream": True}]
     recipe = write_recipe(tmp_path / "r.yaml", {**chat_recipe(scenes, data=data), "max_bad": 1.0})
     assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 1
-    assert "rows that it meets can be used (5 x " in capsys.readouterr().err
-    assert len(Run(tmp_path / "run").quarantined("chat")) == 5
+    assert "rows that it meets can be used (100 x " in capsys.readouterr().err
+    assert len(Run(tmp_path / "run").quarantined("chat")) == 100
 
 
 def test_ctrl_c_among_broken_rows_stops_and_loses_nothing(scenes: Path, tmp_path: Path) -> None:
