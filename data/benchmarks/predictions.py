@@ -172,7 +172,10 @@ def listed(items: Sequence[str]) -> str:
 
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
-    return next((row[name] for name in names if name in row), None)
+    for name in names:
+        if name in row:
+            return row[name]
+    return None
 
 
 def _is_text(value: Any) -> TypeGuard[str]:

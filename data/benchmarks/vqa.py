@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import msgspec
@@ -80,7 +81,7 @@ class Answer(msgspec.Struct, gc=False):
 
 
 def make_item(row: Annotation) -> Item:
-    groups = (_intern(f"accuracy/{row.answer_type}"), _intern(f"question_type/{row.question_type}"))
+    groups = (intern(f"accuracy/{row.answer_type}"), intern(f"question_type/{row.question_type}"))
     texts, objects = said(row.answers)
     return Item(str(row.question_id), "", texts, None, groups, objects)
 
@@ -96,7 +97,7 @@ def said(answers: msgspec.Raw) -> tuple[tuple[str, ...], tuple[str, ...] | None]
     rows = _ANSWERS.decode(answers)
     if not rows:
         raise ValueError("no answers")
-    texts = tuple([_intern(row.answer) for row in rows])
+    texts = tuple([intern(row.answer) for row in rows])  # ten million characters of `yes` take room once
     ids = {row.answer_id for row in rows}
     return texts, None if len(ids) == len(rows) and None not in ids else objects(msgspec.json.decode(answers))
 
@@ -111,7 +112,7 @@ def objects(answers: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
 def official(answer: str, item: Item) -> float:
     """VQA accuracy of one question, 0 to 1, with the script's quirks."""
     answer, processed = _forms(answer)
-    forms = [_forms(text) for text in item.references]
+    forms = list(map(_forms, item.references))
     others = [form[0] for form in forms]
     if others.count(others[0]) < len(others):
         answer, others = processed, [form[1] for form in forms]
@@ -139,9 +140,3 @@ def _forms(text: str) -> tuple[str, str]:
     """An answer as it is compared where all ten agree, and where they don't; the same few answers come again."""
     cleaned = clean(text)
     return cleaned, process(cleaned)
-
-
-@lru_cache(1 << 18)
-def _intern(text: str) -> str:
-    """The same object for the same text: ten million characters of `yes` take room once."""
-    return text

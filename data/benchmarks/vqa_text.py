@@ -6,7 +6,7 @@ NUMBER_WORDS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
 # the script means a look-behind, writes another thing, and so takes every period that no digit follows
 _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_AT_MOST = 32  # it passes re.UNICODE, which is 32, where `count` stands
@@ -51,9 +51,8 @@ def process(text: str) -> str:
 
 
 def _punctuation(text: str) -> str:
-    joined = _DIGIT_COMMA.search(text) is not None
     out = text
-    for mark in PUNCTUATION:
-        touches_space = f"{mark} " in text or f" {mark}" in text
-        out = out.replace(mark, "" if joined or touches_space else " ")
-    return _PERIOD.sub("", out, count=_PERIODS_AT_MOST)
+    for mark in PUNCTUATION.intersection(text):
+        goes = f"{mark} " in text or f" {mark}" in text or _DIGIT_COMMA.search(text)
+        out = out.replace(mark, "" if goes else " ")
+    return _PERIOD.sub("", out, count=_PERIODS_AT_MOST) if "." in out else out

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.benchmarks.measures import Array, Measure, mean
+from data.benchmarks.measures import Array, Measure, distinct, mean
 from data.benchmarks.scores import Scores, changed, differences
 
 SEEDED = np.random.default_rng(0)
@@ -119,3 +119,13 @@ def test_ratios_are_drawn_as_ratios(rng: np.random.Generator) -> None:
     assert float(Measure(table)) == pytest.approx(value)
     spread = (table[:, 0] - value * table[:, 1]).std() / np.sqrt(600) / table[:, 1].mean()  # the delta method
     assert (low, high) == pytest.approx((value - 1.96 * spread, value + 1.96 * spread), abs=0.1 * (high - low))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 400])
+def test_distinct_rows_are_those_of_numpy(rng: np.random.Generator, count: int, columns: int) -> None:
+    rows = rng.integers(-2, 2, size=(count, columns)) / 3
+    found, counts = distinct(rows)
+    expected, theirs = np.unique(rows, axis=0, return_counts=True)
+    assert np.array_equal(found, expected)
+    assert np.array_equal(counts, theirs)
