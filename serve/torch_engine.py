@@ -110,7 +110,7 @@ class TorchEngine:
             value: float | EngineError
             try:
                 value = self.runner.score(Prompt(input_ids, self.runner.encode(images)), continuation)
-            except Exception:
+            except Exception:  # whatever a model raises: it is logged, this request told, and the others go on
                 log.exception("scoring failed")
                 value = RequestError("the model failed on this request")
             loop.call_soon_threadsafe(settle, value)
@@ -168,7 +168,7 @@ class TorchEngine:
                 if self.scheduler.running:
                     self._decode()
                 self._deliver()
-        except Exception:
+        except Exception:  # a thread that ends in silence leaves its requests waiting: they are told below
             log.exception("the engine has failed")
         finally:
             with self._wake:
@@ -196,7 +196,7 @@ class TorchEngine:
         first = len(self.scheduler.running)
         try:
             rows, logits = self._start(tickets, first)
-        except Exception:
+        except Exception:  # whatever a model raises: one request alone is told, several are tried one by one
             self.runner.rows.clear_rows(first, sum(ticket.request.n for ticket in tickets))
             if len(tickets) == 1:
                 log.exception("request %s failed", tickets[0].request.id)
