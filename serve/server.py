@@ -20,10 +20,13 @@ log = logging.getLogger("serve.server")
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket that doesn't listen yet; port 0 takes a free one. UserError when the address can't be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, OverflowError, UnicodeError) as error:
         raise UserError(f"{host}:{port} is no address to listen on ({error})") from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    family, kind, protocol, _, address = found[0]
+    # accepted connections take its protocol over, and asyncio sets TCP_NODELAY only where that is TCP, not 0: without,
+    # the second part of every answer waits 40 ms for the client's acknowledgement of the first
+    listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
