@@ -12,8 +12,9 @@ from data.check_rows import HEADER, ROW, SEEN, SHOWN, Checker, Numbers, Place
 from data.looks import alike
 from data.progress import progress
 from data.sources import Source
-from data.workers import Workers, processors
+from data.workers import Workers
 from vlm.errors import UserError
+from vlm.threads import usable_cores
 
 if TYPE_CHECKING:
     from data.check_model import ModelSpec
@@ -221,7 +222,7 @@ def compare(table: Table, other: Table, number: int) -> Compared:
 
 def _processes(work: int, wanted: int | None) -> int:
     """How many do the work: none but this one where they would hardly have started when it's done."""
-    return wanted if wanted is not None else processors() if work >= WORTH_A_PROCESS else 0
+    return wanted if wanted is not None else usable_cores() if work >= WORTH_A_PROCESS else 0
 
 
 def _in_parts(

@@ -51,13 +51,14 @@ def _convert(options: argparse.Namespace) -> int:
     from data.convert import convert
     from data.rows import image_folder
     from data.sources import open_source
-    from data.workers import processors
     from vlm.errors import UserError
+    from vlm.threads import usable_cores
 
     source = open_source(options.source, options.images, options.format, whole=False)
     print(f"{options.source}: {len(source)} rows of {source.format}")
     size = options.shard_size if options.to == "webdataset" else None
-    done = convert(source, options.out, options.to, size, processors() if options.workers is None else options.workers)
+    workers = usable_cores() if options.workers is None else options.workers
+    done = convert(source, options.out, options.to, size, workers)
     print(f"{options.out}: {done.good} rows")
     if options.to == "messages" and not source.holds_images and image_folder(options.out) != source.images:
         print(f"its images are in {source.images}: read it with --images {source.images}")

@@ -1,7 +1,6 @@
 """Processes that do the same kind of work side by side; results come back in order, few at a time."""
 
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -68,11 +67,6 @@ class Workers:
             if kind is not None:
                 for process in multiprocessing.active_children():
                     process.terminate()
-
-
-def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(make: Callable[[], Any]) -> None:

@@ -1,7 +1,6 @@
 """The HTTP application: OpenAI's routes over an engine."""
 
 import asyncio
-import os
 import threading
 import time
 import uuid
@@ -24,6 +23,7 @@ from serve.media import AbandonedError, ChatPrompt, Limits, PromptBuilder, parse
 from serve.protocol import ChatBody, CompletionBody, parse_body
 from serve.transport import BodyBudget, EventStream, Traffic, error_response, unless_disconnected
 from vlm import UserError, VisionLanguageProcessor
+from vlm.threads import usable_cores
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 # the page's own script and style, pictures that were dropped on it, and this server: nothing else
@@ -43,7 +43,7 @@ class Service:
         self.prompts = PromptBuilder(processor, engine.info.context_length, limits)
         self.names = TokenNames(processor.tokenizer)
         self.budget = BodyBudget(limits.body_bytes, 8 * limits.body_bytes, limits.body_seconds)
-        self.pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="prepare")
+        self.pool = ThreadPoolExecutor(min(4, usable_cores()), thread_name_prefix="prepare")
 
     async def chat(self, http: Request) -> Response:
         return await self._answer(http, self._read_chat)

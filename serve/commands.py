@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlm.arguments import positive
 from vlm.errors import UserError
+from vlm.threads import describe_threads
 
 if TYPE_CHECKING:
     from serve.torch_engine import TorchEngine
@@ -105,6 +106,7 @@ def run_serve(options: argparse.Namespace) -> int:
     listener = bind(options.host, options.port)
     max_batch, max_waiting = options.max_batch or 16, options.max_waiting or 128
     engine, processor = load_engine(options, name, max_batch, max_waiting)
+    print(describe_threads(), file=sys.stderr)
 
     import uvicorn
 

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from vlm.threads import settle_threads
+
+settle_threads()  # before anything loads torch
+
 IMAGE_SIZE, PATCH_SIZE, CONTEXT = 32, 8, 512
 TEXTS = ["what colour is the ball? the ball is red.", "how many cubes are left of the cone? two."]
 

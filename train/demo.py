@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.style import Style
@@ -31,6 +32,7 @@ from vlm.checkpoint import link_folder, load
 from vlm.device import pick_device
 from vlm.errors import UserError
 from vlm.settings import dump, find_config
+from vlm.threads import describe_threads, processor_name
 
 QUICK = {"train": 240, "heldout": 60, "unseen": 24, "lessons": 60, "text_rows": 240}
 QUICK_STEPS = 12
@@ -172,7 +174,8 @@ class Demo:
             for stage in self.recipe(name).stages
         ]
         total = round(sum(self.timings.values()), 1)
-        summary = {**self.figures, "seconds": total, "stages": stages, "timings": self.timings}
+        machine = {"processor": processor_name(), "capability": torch.backends.cpu.get_cpu_capability()}
+        summary = {**self.figures, **machine, "seconds": total, "stages": stages, "timings": self.timings}
         run = self.runs[self.fusion]
         kinds = {f"accuracy on {kind}": f"{value:.1%}" for kind, value in summary["kinds"].items()}
         shown = {name: f"{summary[name]:.1%}" for name in ("accuracy", "blind", "shuffled", "unseen_pairs")}
@@ -240,6 +243,7 @@ def run_demo(out: Path, fusion: str, seed: int, quick: bool) -> int:
     """Everything in miniature; about six minutes on two cores. Returns the exit code."""
     demo = Demo(out, fusion, seed, quick)
     demo.claim()
+    demo.console.print(describe_threads(), highlight=False)
     if (out / "summary.json").is_file():
         demo.show()
         return 0

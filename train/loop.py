@@ -40,6 +40,7 @@ from vlm.checkpoint import link_folder
 from vlm.device import keep_freed_memory, pick_device, pick_dtype
 from vlm.documents import packed_attention
 from vlm.errors import UserError, first_line
+from vlm.threads import describe_threads
 
 
 class Stopped(KeyboardInterrupt):
@@ -85,6 +86,7 @@ def run_stages(recipe: Recipe, run: Run, accelerator: Accelerator) -> None:
     at = read_position(checkpoint) if checkpoint else None
     step = 0
     with Monitor(run, quiet=not accelerator.is_main_process) as monitor, _stop_signals() as stop:
+        monitor.say(describe_threads())
         for index, stage in enumerate(recipe.stages):
             if not (run.stage(stage.name) / "config.json").is_file():
                 set_seed(recipe.seed * 1000 + index)

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm import __version__
 from vlm.errors import UserError
+from vlm.threads import settle_threads
 
 # command -> ("module:function that adds the arguments and sets `run`", help line)
 COMMANDS = {
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:
         _complete()
     options = parse(arguments)
+    settle_threads()
     try:
         return int(options.run(options) or 0)
     except KeyboardInterrupt as stopped:

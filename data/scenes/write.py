@@ -25,6 +25,7 @@ from data.scenes.rows import (
 )
 from data.scenes.world import HELD_OUT
 from vlm.errors import UserError
+from vlm.threads import usable_cores
 
 FORMAT_VERSION: Final = 5
 MOST_QUESTIONS: Final = 12
@@ -157,12 +158,6 @@ def _jobs(images: Path, settings: dict[str, int]) -> Iterator[_Job]:
             yield _Job(split, start, min(start + _CHUNK, count), settings, str(images))
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: what this process may use, not what the machine has
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _write_files(
     folder: Path,
     settings: dict[str, int],
@@ -175,7 +170,7 @@ def _write_files(
     jobs = list(_jobs(images, settings))
     total = sum(job.stop - job.start for job in jobs)
     if processes is None:
-        processes = min(_cores(), _MOST_PROCESSES) if total > _INLINE else 1
+        processes = min(usable_cores(), _MOST_PROCESSES) if total > _INLINE else 1
     done = 0
     with ExitStack() as stack:
         handles = {

@@ -160,8 +160,8 @@ def test_of_two_servers_that_start_together_the_later_says_that_the_port_is_in_u
 
 
 def test_answers_on_a_kept_alive_connection_take_the_engines_time_and_no_more(make_engine, loaded):
-    """A connection without TCP_NODELAY adds 40 ms to every answer but the first; the least of many tries holds on a busy
-    machine, too."""
+    """A connection without TCP_NODELAY adds 40 ms to every answer but the first. The least of many tries, as this
+    machine may be busy."""
     engine, processor = make_engine(), loaded()[1]
     request = make_request(processor, "what is it?", max_tokens=4)
 

@@ -11,6 +11,7 @@ from train.evaluation.outputs import Evaluation
 from train.evaluation.run import claimed, evaluate, merge
 from train.evaluation.tasks import Means, Question, make_tasks
 from vlm.errors import UserError
+from vlm.threads import describe_threads
 
 SHOWN = {"none": "shown", "blind": "withheld", "shuffled": "exchanged"}
 
@@ -34,6 +35,8 @@ def run_evaluation(question: Question, means: Means, out: Path, controls: bool) 
         state.wait_for_everyone()
         return tell(merge([out], out), out) if state.is_main_process else 0
     question = settled(question)
+    if question.engine == "torch":
+        print(describe_threads())
     print(f"prompt: {question.prompt or find_benchmark(question.task).prompt!r}, greedy decoding")
     found = evaluate(question, means, out, controls)
     if not found:
