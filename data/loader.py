@@ -63,11 +63,13 @@ def read_state(saved: dict[str, Any]) -> State:
 
 @dataclass(frozen=True)
 class Step(Generic[Made]):
-    """What a rank needs for one optimizer step. bad: broken rows met on the way; state: the loader's afterwards."""
+    """What a rank needs for one optimizer step. bad: broken rows met on the way; state: the loader's afterwards; where:
+    file:line of its rows."""
 
     micro_batches: list[Made]
     bad: list[Bad]
     state: State
+    where: list[str]
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Loader(Generic[Made]):
                 ],
                 bad,
                 state,
+                [sample.example.where for samples in documents for sample in samples],
             )
 
     def _loaded(self, state: State) -> Iterator[_Row]:

@@ -12,7 +12,8 @@ def train(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  vlm train configs/finetune.yaml model.pretrained=runs/demo/model data_root=mydata --out runs/mine\n"
         "  vlm train configs/finetune.yaml stages.chat.steps=500 stages.chat.learning_rates.lora=1e-4 --out runs/b\n"
-        "  vlm train runs/mine/recipe.yaml --out runs/mine --resume"
+        "  vlm train runs/mine/recipe.yaml --out runs/mine --resume\n"
+        "  vlm train runs/mine/recipe.yaml --out runs/mine --resume stages.chat.steps=1000    (a longer run)"
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")

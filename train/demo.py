@@ -247,10 +247,13 @@ def run_demo(out: Path, fusion: str, seed: int, quick: bool) -> int:
     if (out / "summary.json").is_file():
         demo.show()
         return 0
-    demo.step("scenes", demo.draw_scenes)
-    demo.step("pretraining", demo.pretrain)
-    demo.step("fusion", demo.fuse)
-    demo.step("evaluation", demo.evaluate)
+    try:
+        demo.step("scenes", demo.draw_scenes)
+        demo.step("pretraining", demo.pretrain)
+        demo.step("fusion", demo.fuse)
+        demo.step("evaluation", demo.evaluate)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; run it again, and it goes on where it was") from None
     demo.conclude()
     return 0
 

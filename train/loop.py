@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ from data.mixture import STREAM_EPOCH, Mixture
 from data.streams import Stream
 from train.build import open_sources
 from train.check import check_processes, check_recipe, check_rows
+from train.health import Health, is_finite
 from train.monitor import Monitor
 from train.objectives import Objective, build_objective
 from train.parts import assert_only_these_learn, make_optimizer, manifest, split_into_parts
@@ -133,6 +134,8 @@ def run_stage(
     if accelerator.is_main_process:
         run.forget_after(at.step)
     accelerator.wait_for_everyone()
+    earlier = [entry for entry in run.metrics() if entry["stage"] == stage.name]
+    health = Health(stage.name, objective.chance, earlier)
     quarantine = Quarantine(run, recipe, stage.name, mixture.reach(samples), quiet=not accelerator.is_main_process)
     packs = stage.packing.mode == "pack"
     apart = packed_attention(objective.language_model, accelerator.autocast) if packs else nullcontext()
@@ -165,17 +168,17 @@ def run_stage(
             now, behind = (1, done) if samples is None else (seen - before, before)
             if learns:
                 set_rates(optimizer, stage, behind, now, total)
-                entry = optimizer_step(objective, model, optimizer, step.micro_batches, stage, accelerator, counts)
+                entry = optimizer_step(objective, model, optimizer, step, stage, accelerator, counts)
                 done += 1
                 entry = {"step": offset + done, "stage": stage.name, **entry}
                 entry["seconds"] = time.perf_counter() - began
                 entry["tokens_per_second"] = entry["tokens"] / entry["seconds"]
-                if not math.isfinite(entry["loss"]):
-                    raise UserError(
-                        f"{stage.name}: the loss is {entry['loss']} at step {done}; lower the learning rates"
-                    )
                 monitor.log(entry, behind + now)
-            if stopping or (learns and done % recipe.checkpoint_every == 0 and behind + now < total):
+                health.add(entry)
+            over = behind + now >= total
+            # the end of the last stage is kept, too: a finished run may be made longer
+            due = done % recipe.checkpoint_every == 0 if not over else index == len(recipe.stages) - 1
+            if stopping or (due and learns) or (due and over and done):
                 loaders, random = gather_object([asdict(step.state)]), gather_object([random_state()])
                 if accelerator.is_main_process:
                     position = Position(index, done, offset + done, loaders, random, mixture.rows, data)
@@ -185,7 +188,8 @@ def run_stage(
                     raise Stopped(f"stopped after step {offset + done}; --resume goes on from there")
     if not done:
         raise UserError(f"{quarantine.summary()}; no row was left to learn from")
-    monitor.end(quarantine.summary())
+    health.check_alive()
+    monitor.end(quarantine.summary(), health.summary())
     model.eval()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # what is saved doesn't compute in bf16 any more
     accelerator.free_memory()
@@ -204,12 +208,16 @@ def optimizer_step(
     objective: Objective,
     model: Any,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Any],
+    step: Step[Any],
     stage: Stage,
     accelerator: Accelerator,
     counts: dict[str, int],
 ) -> dict[str, Any]:
-    """One update by the loss per supervised token of the whole step: all micro-batches, all ranks, counted first."""
+    """One update by the loss per supervised token of the whole step: all micro-batches, all ranks, counted first.
+
+    A step whose loss or gradient isn't finite is skipped: the weights stay, and what is logged names its rows.
+    """
+    micro_batches = step.micro_batches
     supervised, tokens = counts["supervised"], counts["tokens"]
     sums: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro_batches):
@@ -220,13 +228,16 @@ def optimizer_step(
             accelerator.backward(loss * (accelerator.num_processes / supervised))
         for name, value in {"loss": loss.detach(), **shown}.items():
             sums[name] = sums.get(name, torch.zeros((), device=accelerator.device)) + value
-    norm = accelerator.clip_grad_norm_(model.parameters(), stage.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), stage.clip))
     means = {name: float(accelerator.reduce(value, "sum")) / supervised for name, value in sums.items()}
     rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
-    entry = {**means, "lr": rates, "gradient_norm": float(norm), "tokens": tokens, "supervised": supervised}
+    entry = {**means, "lr": rates, "gradient_norm": norm, "tokens": tokens, "supervised": supervised}
     entry["fill"] = tokens / counts["room"]
+    if is_finite(entry):
+        optimizer.step()
+    else:
+        entry |= {"skipped": True, "rows": gather_object(step.where)}
+    optimizer.zero_grad(set_to_none=True)
     if counts["shortened"]:
         entry["shortened"] = gather_object([where for batch in micro_batches for where in batch.shortened])
     return entry

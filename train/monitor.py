@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -59,12 +60,12 @@ class Monitor:
             self.progress.remove_task(self.task)
         self.task = self.progress.add_task(stage, total=total, completed=done, shown="")
 
-    def end(self, left_out: str | None) -> None:
-        """The stage is over: says how many rows were left out or not learned from whole, in what was logged of it."""
+    def end(self, *lines: str | None) -> None:
+        """The stage is over: says `lines`, and how many rows were not learned from whole, in what was logged of it."""
         if self.quiet:
             return
-        if left_out:
-            self.say(left_out)
+        for line in filter(None, lines):
+            self.say(line)
         entries = [entry for entry in self.run.metrics() if entry["stage"] == self.stage]
         rows = list(dict.fromkeys(where for entry in entries for where in entry.get("shortened", ())))
         if rows:
@@ -79,9 +80,10 @@ class Monitor:
             return
         self.run.log(entry)
         for name, value in entry.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and math.isfinite(value):
                 self.board.add_scalar(name, value, entry["step"])
-        shown = f"loss {entry['loss']:.4f}  {entry['tokens_per_second']:,.0f} tok/s"
+        loss = "skipped" if entry.get("skipped") else f"loss {entry['loss']:.4f}"
+        shown = f"{loss}  {entry['tokens_per_second']:,.0f} tok/s"
         if self.task is not None:
             self.progress.update(self.task, completed=done, shown=shown)
         now = time.monotonic()

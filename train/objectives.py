@@ -1,5 +1,6 @@
 """What a stage learns: how its rows become batches, what its loss is, and what it leaves behind."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,6 +49,7 @@ class Objective(ABC):
     processor: VisionLanguageProcessor
     stage: Stage
     read: ImageCache
+    chance: float  # the loss of a guess among all that could be predicted
 
     @abstractmethod
     def encode(self, record: Record, rng: np.random.Generator) -> Example:
@@ -106,6 +108,7 @@ class Contrastive(Objective):
         self.chat = ChatEncoder(tokenizer, None, self.processor.image_token)
         self.end = self.model.config.text_config.eos_token_id
         self.length = self.model.config.text_config.max_position_embeddings
+        self.chance = math.log(stage.batch_size)
 
     def encode(self, record: Record, rng: np.random.Generator) -> Example:
         _check_images(record, 1)
@@ -171,6 +174,7 @@ class Language(Objective):
         self.language_model, self.tokenizer, self.stage = self.model, tokenizer, stage
         self.chat = ChatEncoder(tokenizer, None, "<image>")
         self.room, self.context = _room(recipe, stage, self.model.config)
+        self.chance = math.log(self.model.config.vocab_size)
 
     def encode(self, record: Record, rng: np.random.Generator) -> Example:
         _check_images(record, 0)
@@ -212,6 +216,7 @@ class Chat(Objective):
         self.adapter_folder = run.adapter
         self.stage, self.read = stage, read
         self.room, self.context = _room(recipe, stage, self.vlm.config.text_config)
+        self.chance = math.log(self.vlm.config.text_config.vocab_size)
         if stage.reset:
             draw_anew(self.vlm, stage.reset)
         self.adapter: PeftModel | None = add_lora(self.vlm, stage.lora) if stage.lora else None

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,9 @@ def _draw(entries: Sequence[Mapping[str, Any]]) -> str:
     FigureCanvasSVG(figure)
     losses, rates = figure.subplots(1, 2)
     steps = [entry["step"] for entry in entries]
-    losses.plot(steps, [entry["loss"] for entry in entries], linewidth=0.8, alpha=0.4)
-    losses.plot(steps, _smooth([entry["loss"] for entry in entries]), linewidth=1.5)
+    values = [math.nan if entry.get("skipped") else entry["loss"] for entry in entries]
+    losses.plot(steps, values, linewidth=0.8, alpha=0.4)
+    losses.plot(steps, _smooth(values), linewidth=1.5)
     losses.set(title="loss", xlabel="step", ylim=(0, None))
     for part in entries[0]["lr"]:
         rates.plot(steps, [entry["lr"][part] for entry in entries], label=part, linewidth=1)
@@ -92,9 +94,12 @@ def _draw(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    """The running mean; where nothing was learned (NaN) it stays as it was."""
     smoothed: list[float] = []
+    mean = math.nan
     for value in values:
-        smoothed.append(value if not smoothed else keep * smoothed[-1] + (1 - keep) * value)
+        mean = value if math.isnan(mean) else mean if math.isnan(value) else keep * mean + (1 - keep) * value
+        smoothed.append(mean)
     return smoothed
 
 

@@ -1,6 +1,7 @@
 """A run's folder: what lies where, and which recipe it belongs to."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -9,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from data.bad import Bad
-from train.recipe import Recipe
+from train.changes import Change, changes
+from train.recipe import Recipe, Stage
 from vlm.errors import UserError
 from vlm.settings import dump, parse, read_yaml
 from vlm.templates import SUPPLIED, find_template
 
-# settings that a run may go on with changed: they decide nothing about what is learned
-NO_MATTER = ("max_bad", "workers", "image_cache_mb", "checkpoint_every", "keep_checkpoints")
-
 
 class Run:
-    """recipe.yaml, metrics.jsonl, quarantine.jsonl (rows left out), checkpoints/step-N/, stages/NAME/ (each finished
-    stage's model), model/, adapter/."""
+    """recipe.yaml, changes.jsonl (settings that changed on the way), metrics.jsonl, quarantine.jsonl (rows left out),
+    checkpoints/step-N/, stages/NAME/ (each finished stage's model), model/, adapter/."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.recipe_file = folder / "recipe.yaml"
+        self.changes_file = folder / "changes.jsonl"
         self.metrics_file = folder / "metrics.jsonl"
         self.quarantine_file = folder / "quarantine.jsonl"
         self.checkpoints = folder / "checkpoints"
@@ -47,25 +47,63 @@ class Run:
 
     def claim(self, recipe: Recipe, resume: bool) -> bool:
         """Makes the folder this recipe's; True when it was empty. UserError if it holds another's run, or this one's
-        and `resume` is off."""
+        and `resume` is off, or if a run can't go on with what has changed."""
         held = self.held()
         if held is not None:
-            if not _same_result(held, recipe):
+            changed = changes(held, recipe)
+            if refused := [str(change) for change in changed if not change.allowed]:
                 raise UserError(
-                    f"{self.folder}: holds the run of another recipe ({_difference(held, recipe)}); use another --out"
+                    f"{self.folder}: holds the run of another recipe ({'; '.join(refused[:5])}); use another --out, or "
+                    f"go on with its own: vlm train {self.recipe_file} --out {self.folder} --resume"
                 )
             if not resume:
                 state = "a finished run" if self.finished else "an unfinished run"
                 raise UserError(
                     f"{self.folder}: holds {state} of this recipe; --resume goes on with it, or use another --out"
                 )
-            self._store(recipe)
+            if changed:
+                self._change(held, recipe, changed)
             return False
         if self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder}: not empty, and not a run; use another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._store(recipe)
         return True
+
+    def _change(self, held: Recipe, recipe: Recipe, changed: list[Change]) -> None:
+        """Goes on with changed settings, and says so in changes.jsonl. A finished run whose last stage becomes longer
+        is opened again: that stage's model so far moves to stages/NAME-until-STEP."""
+        for before, after in zip(held.stages, recipe.stages, strict=True):
+            if before != after:
+                self._check_progress(before, after, is_last=after is recipe.stages[-1])
+        last, steps = recipe.stages[-1].name, len(self.metrics())
+        if held.stages[-1] != recipe.stages[-1] and self._is_over(last):
+            self.stage(last).rename(self.stage(f"{last}-until-{steps}"))
+            if self.finished:
+                shutil.rmtree(self.model)
+        with self.changes_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": steps, "changed": {c.path: [c.held, c.new] for c in changed}}) + "\n")
+        self._store(recipe)
+
+    def _check_progress(self, held: Stage, new: Stage, is_last: bool) -> None:
+        """UserError for changes of a stage that is over, and for an end that lies before where the stage is."""
+        where, over = f"stages.{new.name}", self._is_over(new.name)
+        if over and not is_last:
+            raise UserError(f"{where}: is over, and the stage after it began from its model; use another --out")
+        if held.epochs and new.epochs and new.epochs < held.epochs:
+            raise UserError(
+                f"{where}.epochs: {new.epochs:g} are fewer than the {held.epochs:g} that the run is to have"
+            )
+        done = self.steps_of(new.name)
+        if new.steps is not None and new.steps < done:
+            raise UserError(f"{where}.steps: {new.steps} are fewer than the {done} that are done")
+        if over and (held.epochs, held.steps) == (new.epochs, new.steps):
+            raise UserError(f"{where}: is over, so it changes nothing; give it more steps or epochs, too")
+        if over and not any(self.checkpoints.glob("step-*")):
+            raise UserError(f"{self.folder}: is finished, and no checkpoint is left in it to go on from")
+
+    def _is_over(self, stage: str) -> bool:
+        return (self.stage(stage) / "config.json").is_file()
 
     def _store(self, recipe: Recipe) -> None:
         partial = self.recipe_file.with_suffix(".partial")
@@ -93,7 +131,7 @@ class Run:
 
     def log(self, entry: dict[str, Any]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
     def quarantined(self, stage: str) -> list[Bad]:
         """The rows that a stage has left out so far."""
@@ -124,6 +162,13 @@ class Run:
             partial.replace(path)
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
@@ -138,12 +183,3 @@ def resolved(recipe: Recipe, held: Recipe | None, threads: int) -> Recipe:
     if model.chat_template is not None and model.chat_template not in SUPPLIED:
         model = replace(model, chat_template=find_template(model.chat_template))
     return replace(recipe, model=model, data_root=str(Path(recipe.data_root).resolve()), threads=threads)
-
-
-def _same_result(held: Recipe, recipe: Recipe) -> bool:
-    return replace(held, **{name: getattr(recipe, name) for name in NO_MATTER}) == recipe
-
-
-def _difference(held: Recipe, new: Recipe) -> str:
-    names = [name for name in vars(held) if name not in NO_MATTER and getattr(held, name) != getattr(new, name)]
-    return f"they differ in {', '.join(names)}"

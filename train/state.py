@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.mixture import Mixture
-from vlm.checkpoint import written_aside
+from vlm.checkpoint import check_finite, written_aside
 from vlm.errors import UserError
+
+PACE = ("peak", "weight_decay")  # of an optimizer's group: the recipe's own, which may have changed since
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,12 @@ class Position:
 
 
 def save_state(folder: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
-    """checkpoints/step-N with what learns, the optimizer and the position; older ones beyond `keep` go."""
+    """checkpoints/step-N with what learns, the optimizer and the position; older ones beyond `keep` go. UserError, and
+    nothing is written, where a value isn't finite."""
     learning = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    kept = optimizer.state_dict()["state"].items()
+    moments = ((f"the optimizer's {name} {number}", value) for number, state in kept for name, value in state.items())
+    check_finite(chain(learning.items(), moments), folder / f"step-{position.step}")
     with written_aside(folder / f"step-{position.step}") as partial:
         save_file(learning, partial / "learning.safetensors")
         state = {"optimizer": optimizer.state_dict(), "position": vars(position)}
@@ -76,7 +83,10 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     with torch.no_grad():
         for name, parameter in learning.items():
             parameter.copy_(saved[name])
+    groups = [{name: group[name] for name in PACE} for group in optimizer.param_groups]
     optimizer.load_state_dict(_read(checkpoint)["optimizer"])
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(own)
 
 
 def random_state() -> dict[str, torch.Tensor]:

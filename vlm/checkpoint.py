@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,9 @@ def save(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None 
     """Writes a Hugging Face folder; an older one there is replaced only once the new one is whole.
 
     extra: further text files by name (a model card, say). Beside a model that takes images goes its self-test.
+    UserError, and nothing is written, where a tensor holds a value that isn't finite.
     """
+    check_finite(model.state_dict().items(), folder)
     with written_aside(folder) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
@@ -155,6 +157,13 @@ def save(model: Any, processor: Any, folder: Path, extra: dict[str, str] | None 
             self_test.write(model, processor, partial)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
+
+
+def check_finite(tensors: Iterable[tuple[str, Any]], where: object) -> None:
+    """UserError that names a tensor with a value that isn't finite, before it is written to `where`."""
+    for name, tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}: not written, since {name} holds values that are not finite")
 
 
 def pin_tokenizer(folder: Path, **settings: str) -> None:

@@ -47,6 +47,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def apply_overrides(settings: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Settings with each `a.b.0.c=value` applied; values are YAML, numbers in a path index lists."""
+    settings = plain(settings)  # what a YAML file names twice (*alias) is one object until here, and would change twice
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:

@@ -48,8 +48,8 @@ def describe_threads() -> str:
 
     waiting = ", ".join(f"{name}={os.environ[name]}" for name in _OWN_CHOICE if name in os.environ)
     return (
-        f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads on "
-        f"{usable_cores()} usable cores{f' ({waiting})' if waiting else ''}"
+        f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()}), threads: {torch.get_num_threads()}, "
+        f"usable cores: {usable_cores()}{f' ({waiting})' if waiting else ''}"
     )
 
 

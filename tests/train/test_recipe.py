@@ -110,7 +110,7 @@ def test_a_folder_is_claimed_by_one_recipe(scenes: Path, tmp_path: Path) -> None
     Run(tmp_path / "run").claim(recipe, resume=False)
     with pytest.raises(UserError, match="--resume"):
         Run(tmp_path / "run").claim(recipe, resume=False)
-    with pytest.raises(UserError, match="they differ in seed"):
+    with pytest.raises(UserError, match="seed is 0 there and 1 here"):
         Run(tmp_path / "run").claim(other, resume=True)
     Run(tmp_path / "run").claim(recipe, resume=True)
     (tmp_path / "full").mkdir()

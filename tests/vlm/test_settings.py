@@ -103,6 +103,14 @@ def test_overrides_reach_into_mappings_and_into_lists_by_number_or_name(
     assert parse(Run, apply_overrides(start, overrides), "run") == replace(START, **changes)
 
 
+def test_what_a_file_names_twice_is_changed_where_the_override_says(tmp_path: Path) -> None:
+    """A YAML alias is one object in two places."""
+    path = tmp_path / "r.yaml"
+    path.write_text("a: {inner: &same {rate: 1}}\nb: {inner: *same}\n", encoding="utf-8")
+    changed = apply_overrides(read_yaml(path), ["a.inner.rate=2"])
+    assert changed == {"a": {"inner": {"rate": 2}}, "b": {"inner": {"rate": 1}}}
+
+
 def test_a_list_entry_is_replaced_as_a_whole() -> None:
     assert apply_overrides({"stages": [{"name": "a"}, {"name": "b"}]}, ["stages.b={name: c}"])["stages"][1] == {
         "name": "c"
