@@ -4,13 +4,13 @@ A chat is rendered twice: as it is, and with marks in place of people's texts. W
 template's own, and the same for all chats with as many turns and images: it's remembered.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from vlm.errors import UserError
-from vlm.templates import leaves_out_prompts
+from vlm.templates import ends_in_newline, leaves_out_prompts
 
 Message = dict[str, Any]
 Kept = TypeVar("Kept")
@@ -21,7 +21,8 @@ KEPT = 1000  # frames that are remembered
 class Segment(NamedTuple):
     """A stretch of the rendered chat: the template's own text, or (with `message` set) what that message says.
 
-    frame: the template wrote it for that message, and it may hold control tokens: `<think>` around a thought.
+    frame: the template wrote it for that message, and it may hold control tokens: `<think>` around a thought, the space
+    between ASSISTANT: and an answer. What stands behind the generation prompt is for the assistant to say.
     """
 
     text: str
@@ -42,11 +43,13 @@ class _Span(NamedTuple):
 class _Frame(NamedTuple):
     """What a template writes around people's texts: before all of them, and behind each that it shows.
 
-    behind: the number of the text, that of its message, the template's text.
+    behind: the number of the text, that of its message, the template's text; leads: of the texts that begin an answer,
+    by their place among those shown, how many characters before it stand behind the generation prompt.
     """
 
     head: str
     behind: list[tuple[int, int, str]]
+    leads: dict[int, int]
 
 
 class ChatRenderer:
@@ -54,7 +57,7 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
         self.tokenizer, self.template = tokenizer, template
-        self._leaves_out_prompts = leaves_out_prompts(template)
+        self._leaves_out_prompts, self._ends_in_newline = leaves_out_prompts(template), ends_in_newline(template)
         self._frames: dict[Any, _Frame] = {}
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Segment]:
@@ -66,18 +69,19 @@ class ChatRenderer:
             texts = [text for message in messages for text in _texts(message)]
             found = _fill(known, texts, rendered)
             if isinstance(found, list):  # else it may hold yesterday's date
-                return found
+                return self._give_away(found, [(owner, False) for _, owner, _ in known.behind], known.leads, messages)
         try:
-            frame, segments, _ = self._cut(messages, rendered, add_generation_prompt, split=False)
+            frame, segments, spans = self._cut(messages, rendered, add_generation_prompt, split=False)
         except UserError:
             # some templates (Qwen3's) take an answer apart, and write its thought in their own way
             if not any(THOUGHT in text for text in _answers(messages)):
                 raise
-            _, segments, spans = self._cut(messages, rendered, add_generation_prompt, split=True)
-            return _frame_thoughts(segments, spans)
+            frame, segments, spans = self._cut(messages, rendered, add_generation_prompt, split=True)
+            shape = None
         if shape is not None:
             keep(self._frames, shape, frame)
-        return segments
+        owners = [(span.owner, span.thought) for span in spans]
+        return self._give_away(segments, owners, frame.leads, messages)
 
     def _cut(
         self, messages: Sequence[Message], rendered: str, add_generation_prompt: bool, split: bool
@@ -100,13 +104,63 @@ class ChatRenderer:
                     f"the chat template drops message {span.owner + 1} of {len(messages)}; use another template"
                 )
         head, *behind_each = [*scaffolds, rest]
-        frame = _Frame(head, [(n, spans[n].owner, text) for n, text in zip(shown, behind_each, strict=True)])
+        leads = self._leads(marked, [spans[number].owner for number in shown], shown, scaffolds)
+        frame = _Frame(head, [(n, spans[n].owner, text) for n, text in zip(shown, behind_each, strict=True)], leads)
         segments = _fill(frame, [span.text for span in spans], rendered)
         if isinstance(segments, list):
             return frame, segments, [spans[number] for number in shown]
         if segments is None:
             raise UserError("the chat template's text depends on what the messages say; use another template")
         raise UserError(f"the chat template rewrites message {segments + 1} of {len(messages)}; use another template")
+
+    def _leads(
+        self, marked: Sequence[Message], owners: Sequence[int], shown: Sequence[int], scaffolds: Sequence[str]
+    ) -> dict[int, int]:
+        """Where an answer's first text follows what stands behind the generation prompt, how long that is."""
+        leads: dict[int, int] = {}
+        for place, owner in enumerate(owners):
+            if marked[owner]["role"] != "assistant" or owner in owners[:place]:
+                continue
+            prompt = self._apply(marked[:owner], add_generation_prompt=True)
+            # what a template writes before may depend on what comes later; what it writes behind the last text doesn't
+            asked = prompt.rpartition(_mark(shown[place - 1]))[2] if place else prompt
+            if scaffolds[place].startswith(asked):
+                leads[place] = len(scaffolds[place]) - len(asked)
+        return leads
+
+    def _give_away(
+        self,
+        segments: Sequence[Segment],
+        owners: Sequence[tuple[int, bool]],
+        leads: Mapping[int, int],
+        messages: Sequence[Message],
+    ) -> list[Segment]:
+        """The segments, with the template's text that is for an assistant to say given to its message: what stands
+        behind the generation prompt, around a thought, and the newline that ends an answer.
+
+        owners: of each text that is shown its message, and whether it is a thought.
+        """
+        framed = [segments[0]]
+        for place, (owner, thought) in enumerate(owners):
+            said, behind = segments[2 * place + 1], segments[2 * place + 2]
+            before = framed.pop()
+            if lead := leads.get(place):
+                framed += [Segment(before.text[:-lead]), Segment(before.text[-lead:], owner, frame=True)]
+            elif thought:
+                head, opening, space = before.text.rpartition(THINK)
+                opened = Segment(opening + space, owner, frame=True) if opening else Segment(space)
+                framed += [Segment(head), opened]
+            else:
+                framed.append(before)
+            last = place + 1 == len(owners) or owners[place + 1][0] != owner
+            framed.append(said)
+            if thought:
+                behind = behind._replace(message=owner, frame=True)
+            elif self._ends_in_newline and last and messages[owner]["role"] == "assistant":
+                framed.append(Segment("\n", owner, frame=True))
+                behind = Segment(behind.text.removeprefix("\n"))
+            framed.append(behind)
+        return framed
 
     def _mark(self, number: int, message: Message, spans: list[_Span], split: bool) -> Message:
         """The message with marks for its texts, which are added to `spans`."""
@@ -205,17 +259,3 @@ def _forms(text: str) -> Iterator[str]:
     yield text
     for characters in (None, "\n"):
         yield from (text.strip(characters), text.lstrip(characters), text.rstrip(characters))
-
-
-def _frame_thoughts(segments: Sequence[Segment], spans: Sequence[_Span]) -> list[Segment]:
-    """The segments, with the template's text around a thought given to the answer: it is for the assistant to say."""
-    framed = [segments[0]]
-    for number, span in enumerate(spans):
-        said, behind = segments[2 * number + 1], segments[2 * number + 2]
-        if span.thought:
-            before, opening, space = framed.pop().text.rpartition(THINK)
-            opened = Segment(opening + space, span.owner, frame=True) if opening else Segment(space)
-            framed += [Segment(before), opened]
-            behind = behind._replace(message=span.owner, frame=True)
-        framed += [said, behind]
-    return framed

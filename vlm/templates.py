@@ -10,12 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm.errors import UserError, first_line
 
+# LLaVA's code tokenises the stretches between images alone, and some tokenizers put a space before the first word of
+# each; `fit_template` sets it where a tokenizer doesn't put it there by itself.
+GAP = "{%- set gap = '' -%}"
 # Vicuna's turns, images first, each on a line of its own; for tokenizers that bring no template, too.
 VICUNA = (
-    "{%- for message in messages -%}"
+    GAP + "{%- for message in messages -%}"
     "{%- if message.role != 'system' -%}{{- message.role.upper() + ': ' -}}{%- endif -%}"
     "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
-    "{%- for part in message.content if part.type == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}"
+    "{%- for part in message.content if part.type == 'image' -%}{{- '<image>' + gap + '\n' -}}{%- endfor -%}"
     "{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}"
     "{%- endif -%}"
     "{{- eos_token if message.role == 'assistant' else ' ' -}}"
@@ -31,15 +34,18 @@ VICUNA_V1 = (
 )
 # A template that says so may leave out what users and systems write; one that does it unsaid is refused.
 LEAVES_OUT_PROMPTS = "{#- leaves out prompts -#}"
+# A template that says so ends its answers by a newline, which is learned, and not by a control token.
+ENDS_IN_NEWLINE = "{#- answers end in a newline -#}"
 # LLaVA's pretraining (conv_llava_plain and preprocess_plain): the images, the caption, a line's end; no prompts.
 LLAVA_PLAIN = (
-    LEAVES_OUT_PROMPTS + "{%- for message in messages -%}"
-    "{%- if message.content is string -%}"
-    "{%- if message.role == 'assistant' -%}{{- message.content + '\n' -}}{%- endif -%}"
-    "{%- elif message.role == 'user' -%}"
-    "{%- for part in message.content if part.type == 'image' -%}{{- '<image>' -}}{%- endfor -%}"
-    "{%- elif message.role == 'assistant' -%}"
-    "{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}"
+    LEAVES_OUT_PROMPTS + ENDS_IN_NEWLINE + GAP + "{%- set shown = namespace(gap=gap) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' and message.content is not string -%}"
+    "{%- for part in message.content if part.type == 'image' -%}"
+    "{{- '<image>' -}}{%- set shown.gap = gap -%}{%- endfor -%}"
+    "{%- elif message.role == 'assistant' -%}{{- shown.gap -}}{%- set shown.gap = '' -%}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+    "{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}{%- endif -%}"
     "{{- '\n' -}}{%- endif -%}{%- endfor -%}"
 )
 # OpenAI's ChatML as Qwen2.5 and others have it, without a system text of its own; images where they stand.
@@ -109,13 +115,19 @@ def leaves_out_prompts(template: str | None) -> bool:
     return template is not None and LEAVES_OUT_PROMPTS in template
 
 
+def ends_in_newline(template: str | None) -> bool:
+    """Whether a template says that its answers end in a newline, not in a control token."""
+    return template is not None and ENDS_IN_NEWLINE in template
+
+
 def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
     """The template, able to take messages of text alone and of parts, with the tokenizer's beginning and with ends.
 
     A template that knows one kind of message gets the other kind turned into it; one that leaves out the token that the
     tokenizer puts at the beginning gets it, and so does one without a control token behind answers (llava-hf's).
-    UserError when it renders neither kind.
+    LLaVA's own templates set images apart as LLaVA's code does. UserError when it renders neither kind.
     """
+    template = template.replace(GAP, GAP.replace("''", f"'{_gap(tokenizer, image_token)}'"))
     text, parts = (_rendered(template, tokenizer, content) for content in (MARK, [{"type": "text", "text": MARK}]))
     if text is None and parts is None:
         raise UserError("the chat template can't render a message of a user; give another one")
@@ -125,7 +137,7 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token:
         template = OPEN + PARTS_TO_TEXT.replace("IMAGE", image_token) + CLOSE + template
     if not _shows_images(template, tokenizer, image_token):
         raise UserError(f"the chat template shows no images (it writes no {image_token}); give another one")
-    if tokenizer.eos_token is not None and not _ends(template, tokenizer):
+    if tokenizer.eos_token is not None and not ends_in_newline(template) and not _ends(template, tokenizer):
         template = WITH_ENDS + template
     begin = tokenizer.bos_token
     said = str(parts or text)
@@ -141,6 +153,18 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, image_token:
     raise UserError(
         f"the tokenizer begins a chat in a way that {begin} before the chat template doesn't; give another one"
     )
+
+
+def _gap(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+    """What makes the text behind an image a text of its own, as it is where it stands alone."""
+    image = tokenizer.convert_tokens_to_ids(image_token)
+    texts = ("\na", "a")
+    alone = [[image, *tokenizer(text, add_special_tokens=False).input_ids] for text in texts]
+    for gap in ("", " "):
+        made = [tokenizer(image_token + gap + text, add_special_tokens=False).input_ids for text in texts]
+        if made == alone:
+            return gap
+    return ""
 
 
 def _shows_images(template: str, tokenizer: PreTrainedTokenizerBase, image_token: str) -> bool:

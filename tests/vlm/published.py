@@ -5,13 +5,18 @@ tokenizers with the control tokens of each family, which split words as its own 
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
     "USER: what is this? and\nthis? ASSISTANT: a cat, sure? user assistant system model [INST] hello there [/INST] ",
     "You are Qwen, created by Alibaba Cloud. A chat between a curious user and an assistant. one two three\n\n",
 ]
+# how the tokenizers of Llama 3 and Qwen cut a text: line ends stay together, whatever follows them
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PROMPT = "{%- if add_generation_prompt -%}{{- START -}}{%- endif -%}"
 ALTERNATE = (
     "{%- for m in turns -%}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}"
@@ -146,7 +151,10 @@ def make_tokenizer(family: Family) -> Any:
     )
     if family.words == "bytes":
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
         tokenizer.decoder = decoders.ByteLevel()
     else:
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False, fuse_unk=True))
@@ -154,9 +162,13 @@ def make_tokenizer(family: Family) -> Any:
         if family.words == "gemma":
             tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
         else:
-            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     letters = " ".join(chr(code) for code in range(33, 127))
     tokenizer.train_from_iterator([*TEXTS * 3, letters, "\n", "\t"], trainer)
+    if (
+        family.words == "pieces"
+    ):  # as of SentencePiece, no token goes on behind a space: words are apart in training alone
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.others])
     if family.begin is not None and "bos_token" in family.template:
         number = tokenizer.token_to_id(family.begin)

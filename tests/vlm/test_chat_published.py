@@ -76,38 +76,75 @@ def flat(chat: Chat) -> Chat:
     ]
 
 
-def oracle(tokenizer: Any, rendered: str, answers: list[str]) -> tuple[list[int], list[bool]]:
-    """The tokenizer's own ids of the rendered text; True for tokens that end within an answer, and for the end of its
-    turn, the control token right behind it."""
+def oracle(
+    tokenizer: Any, rendered: str, answers: list[str], prompts: list[str], ends: str
+) -> tuple[list[int], list[bool]]:
+    """The tokenizer's own ids of the rendered text; True for tokens that end behind a generation prompt and within the
+    answer to it, and for the end of its turn, the control token right behind it, or the text `ends`.
+
+    prompts: what is rendered of the chat before each answer, with the generation prompt; ends: text that ends answers.
+    """
+    closing = set(tokenizer.added_tokens_decoder) - {tokenizer.convert_tokens_to_ids("<image>")}
     spans = []
-    position = 0
-    for answer in answers:
-        start = rendered.index(answer, position)
-        position = start + len(answer)
-        spans.append((start, position))
+    for answer, prompt in zip(answers, prompts, strict=True):
+        assert rendered.startswith(prompt)
         assert rendered.count(answer) == 1
+        stop = rendered.index(answer) + len(answer)
+        assert rendered.startswith(ends, stop)
+        spans.append((len(prompt), stop + len(ends)))
     control = set(tokenizer.added_tokens_decoder)
     read = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     mask: list[bool] = []
     ended = False
     for token, (start, stop) in zip(read.input_ids, read.offset_mapping, strict=True):
         said = any(begin < stop <= end for begin, end in spans)
-        if token in control:  # only the first one behind an answer ends it
-            said = not ended and any(end <= start and not rendered[end:start].strip() for _, end in spans)
+        if token in closing:  # only the first one behind an answer ends it
+            said = said or (not ended and any(end <= start and not rendered[end:start].strip() for _, end in spans))
         ended = token in control
         mask.append(said)
     return read.input_ids, mask
 
 
-def compare(tokenizer: Any, encoder: ChatEncoder, chat: Chat, rendered: str, answers: list[str]) -> None:
+def compare(encoder: ChatEncoder, chat: Chat, written: Chat, template: str, answers: list[str], ends: str = "") -> None:
+    """written: the chat as the template takes it."""
+
+    def render(messages: Chat, add_generation_prompt: bool = False) -> str:
+        words: str = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        return words.replace("<image>", "<image>" * PER_IMAGE)
+
+    tokenizer = encoder.tokenizer
     images = sum(part["type"] == "image" for message in chat for part in message["content"])
     tokens = encoder.encode(chat, [PER_IMAGE] * images)
-    ids, mask = oracle(tokenizer, rendered.replace("<image>", "<image>" * PER_IMAGE), answers)
+    asked = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+    prompts = [render(written[:number], add_generation_prompt=True) for number in asked]
+    ids, mask = oracle(tokenizer, render(written), answers, prompts, ends)
     assert tokens.input_ids == ids
     assert tokens.supervised == mask
+    for number in asked:
+        check_what_must_be_generated(encoder, chat[: number + 1])
     with pytest.MonkeyPatch.context() as patch:  # as where people have written control tokens
         patch.setattr(ChatEncoder, "_read_at_once", lambda *_: None)
         assert encoder.encode(chat, [PER_IMAGE] * images) == tokens
+
+
+def check_what_must_be_generated(encoder: ChatEncoder, chat: Chat) -> None:
+    """The prompt for an answer and what is learned of the answer are the whole, up to what the template puts behind its
+    end: else a model would have to say something that it was never taught."""
+    counts = [PER_IMAGE] * sum(part["type"] == "image" for message in chat for part in message["content"])
+    prompt = encoder.encode(chat[:-1], counts, add_generation_prompt=True).input_ids
+    whole = encoder.encode(chat, counts)
+    learned = [
+        token
+        for token, taught, whose in zip(whole.input_ids, whole.supervised, whole.messages, strict=True)
+        if taught and whose == len(chat) - 1
+    ]
+    rest = whole.input_ids[len(prompt) + len(learned) :]
+    assert prompt + learned + rest == whole.input_ids
+    assert all(whole.supervised[len(prompt) : len(prompt) + len(learned)])
+    behind = encoder.tokenizer.decode(rest)
+    assert not behind.strip() or rest == [encoder.tokenizer.eos_token_id]  # Phi-3's, once, behind a whole chat
 
 
 @pytest.mark.parametrize("count", CONVERSATIONS)
@@ -118,8 +155,7 @@ def test_published_templates(name: str, count: int) -> None:
     encoder, rng = ChatEncoder(tokenizer, template, "<image>"), random.Random(name)
     for _ in range(count):
         chat, answers = conversation(rng, family)
-        rendered = tokenizer.apply_chat_template(flat(chat), chat_template=family.template, tokenize=False)
-        compare(tokenizer, encoder, chat, rendered, answers)
+        compare(encoder, chat, flat(chat), family.template, answers)
 
 
 @pytest.mark.parametrize("count", CONVERSATIONS)
@@ -130,8 +166,7 @@ def test_supplied_templates(name: str, count: int) -> None:
     encoder, rng = ChatEncoder(tokenizer, template, "<image>"), random.Random(name)
     for _ in range(count):
         chat, answers = conversation(rng, family)
-        rendered = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
-        compare(tokenizer, encoder, chat, rendered, answers)
+        compare(encoder, chat, chat, template, answers, "\n" if name == "plain" else "")
 
 
 def learned(tokenizer: Any, tokens: Any) -> str:
@@ -145,8 +180,8 @@ THOUGHT = "<think>\nfour legs\n</think>\n\n"
 @pytest.mark.parametrize(
     ("said", "rendered", "taught"),
     [
-        ("a cat", "<think>\n\n</think>\n\na cat", "a cat<|im_end|>"),
-        ("\n a cat", "<think>\n\n</think>\n\n a cat", " a cat<|im_end|>"),
+        ("a cat", "<think>\n\n</think>\n\na cat", "<think>\n\n</think>\n\na cat<|im_end|>"),
+        ("\n a cat", "<think>\n\n</think>\n\n a cat", "<think>\n\n</think>\n\n a cat<|im_end|>"),
         (THOUGHT + "a cat", THOUGHT + "a cat", THOUGHT + "a cat<|im_end|>"),
         ("<think>four legs</think>a cat", THOUGHT + "a cat", THOUGHT + "a cat<|im_end|>"),
         ("<think></think>\n\na cat", "<think>\n\n</think>\n\na cat", "<think>\n\n</think>\n\na cat<|im_end|>"),
@@ -177,7 +212,7 @@ def test_qwen3s_history_loses_its_thoughts_and_they_are_not_learned() -> None:
     assert tokens.input_ids == tokenizer.apply_chat_template(chat, return_dict=False)
     assert learned(tokenizer, tokens) == "a cat<|im_end|><think>\nfive\n</think>\n\nno, a dog<|im_end|>"
     chat[3]["content"] = "a dog"
-    assert learned(tokenizer, encoder.encode(chat)) == "a cat<|im_end|>a dog<|im_end|>"
+    assert learned(tokenizer, encoder.encode(chat)) == "a cat<|im_end|><think>\n\n</think>\n\na dog<|im_end|>"
     chat[3]["content"] = "<think>one</think>two<think>three</think>four"  # of which Qwen3 loses the middle
     tokens = encoder.encode(chat)
     assert tokens.input_ids == tokenizer.apply_chat_template(chat, return_dict=False)
@@ -229,10 +264,10 @@ def test_llavas_own_prompts() -> None:
     assert rendered(find_template("vicuna_v1"), own) == "Be brief. " + turns
     assert rendered(find_template("plain"), chat) == rendered(find_template("plain"), own) == "<image>a cat\n"
     fitted = fit_template(find_template("plain"), tokenizer, "<image>")
-    assert rendered(fitted, chat).replace(" ", "") == "<s><image>acat</s>\n"
+    assert rendered(fitted, chat).replace(" ", "") == "<s><image>acat\n"  # nothing but a line's end behind it
     assert fit_template(fitted, tokenizer, "<image>") == fitted
     tokens = ChatEncoder(tokenizer, fitted, "<image>").encode(own, [1])
-    assert learned(tokenizer, tokens) == "a cat</s>"
+    assert learned(tokenizer, tokens).strip(" ") == "a cat\n"
 
 
 def test_a_template_is_found_by_name_by_file_or_is_one_itself(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_images_are_padded_where_the_model_was_trained_so(folder: Path, tmp_path
 def test_vicunas_template_is_taken_only_where_there_is_none_and_for_llama(folder: Path, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     notes = import_model(str(folder), tmp_path / "out", lambda *_: None)
-    assert any("Vicuna's is used" in note for note in notes)
+    assert any("vicuna_v1 is used" in note for note in notes)
     chat = [
         {"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image"}]},
         {"role": "assistant", "content": "a cat"},
@@ -252,11 +252,18 @@ def test_vicunas_template_is_taken_only_where_there_is_none_and_for_llama(folder
     said = processor.chat.renderer.render(chat, add_generation_prompt=True)
     assert (
         "".join(segment.text for segment in said)
-        == "USER: <image>\nwhat? ASSISTANT: a cat<|end|>USER: sure? ASSISTANT:"
+        == SYSTEM + "USER: <image>\nwhat? ASSISTANT: a cat<|end|>USER: sure? ASSISTANT:"
     )
     edit(folder / "config.json", model_type="llava_mistral")
     with pytest.raises(UserError, match="give one with --chat-template FILE"):
         take(folder, tmp_path / "mistral")
+
+
+# llava/conversation.py, conv_vicuna_v1
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
 
 
 def use_sentencepiece(folder: Path, legacy: bool) -> Any:
@@ -294,8 +301,8 @@ def test_a_slow_tokenizer_gives_the_tokens_of_llavas_own_code(folder: Path, tmp_
     image = processor.image_token_id
     got = processor.chat.encode(user(None, "what is this?"), [1], add_generation_prompt=True).input_ids
     # llava/mm_utils.py, tokenizer_image_token: the stretches between images one by one, one beginning before all
-    assert got == [1, *slow.encode("USER: "), image, *slow.encode("\nwhat is this? ASSISTANT:")]
-    assert slow.encode("USER: ")[0] == slow.encode("\n")[0] == slow.piece_to_id("▁")
+    assert got == [1, *slow.encode(SYSTEM + "USER: "), image, *slow.encode("\nwhat is this? ASSISTANT:")]
+    assert slow.encode("\n")[0] == slow.piece_to_id("▁")
 
 
 def test_a_slow_tokenizer_asks_for_what_reads_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

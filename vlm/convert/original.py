@@ -28,7 +28,7 @@ from vlm.convert.parts import (
 from vlm.convert.sources import read_chat_template
 from vlm.convert.tensors import Floats, Joined, PickledTensors, Renamed, Tensors
 from vlm.errors import UserError
-from vlm.templates import VICUNA, fit_template
+from vlm.templates import VICUNA_V1, fit_template
 from vlm.tokenization import IMAGE_TOKEN, add_image_token, fill_padding_token
 
 # model_type of their config.json -> the language model's
@@ -88,10 +88,10 @@ def read_original(
     if template is None:
         if text_config.model_type != "llama":
             raise UserError(NO_TEMPLATE.format(folder=folder))
-        plain = VICUNA.replace("<image>", IMAGE_TOKEN + _gap(tokenizer))
-        template = fit_template(plain, tokenizer, IMAGE_TOKEN)
+        template = fit_template(VICUNA_V1, tokenizer, IMAGE_TOKEN)
         notes.append(
-            "no chat template in it: Vicuna's is used, as LLaVA 1.5 was trained with it (--chat-template FILE)"
+            "no chat template in it: vicuna_v1 is used with its system sentence, as LLaVA 1.5 was trained and "
+            "evaluated with it (--chat-template FILE)"
         )
     images = read_image_settings(tower.folder)
     if written.get("image_aspect_ratio") == "pad":
@@ -109,17 +109,6 @@ def read_original(
         read_generation(folder) or read_generation(text.folder),
         notes,
     )
-
-
-def _gap(tokenizer: Any) -> str:
-    """What makes the text behind an image a text of its own: LLaVA's code tokenises the stretches between images alone,
-    and some tokenizers put a space before the first word of each."""
-    image, text = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), "\na"
-    alone = [image, *tokenizer(text, add_special_tokens=False).input_ids]
-    gaps = (
-        gap for gap in ("", " ") if tokenizer(IMAGE_TOKEN + gap + text, add_special_tokens=False).input_ids == alone
-    )
-    return next(gaps, "")
 
 
 def from_original(name: str) -> str:
