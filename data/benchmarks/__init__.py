@@ -9,8 +9,8 @@ from vlm.errors import UserError
 # module:class, imported when it's asked for
 BENCHMARKS = {
     "vqav2": "vqa:VQA",
-    "textvqa": "ten_answers:TextVQA",
-    "vizwiz": "ten_answers:VizWiz",
+    "textvqa": "textvqa:TextVQA",
+    "vizwiz": "vizwiz:VizWiz",
     "coco-caption": "captions:Captions",
     "pope": "yes_no:POPE",
     "gqa": "gqa:GQA",

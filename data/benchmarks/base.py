@@ -41,7 +41,7 @@ class Benchmark(ABC):
     submission_name: ClassVar[str] = "predictions.json"
     running: ClassVar[str] = "accuracy"  # the metric to be shown while answers come in; "": none can be
     id_keys: ClassVar[tuple[str, ...]] = ("question_id",)
-    text_keys: ClassVar[tuple[str, ...]] = ("answer",)
+    text_keys: ClassVar[tuple[str, ...]] = ("answer", "text")  # LLaVA's raw answers call them text
     prompt_notes: ClassVar[Mapping[str, Any]] = {}  # among the notes of a score of answers to `prompt`
     ordered: ClassVar[bool] = False  # predictions may be without ids, in the order of the questions
 
@@ -87,6 +87,10 @@ class Benchmark(ABC):
         """The items that a file of predictions has to answer."""
         return items
 
+    def renamed(self, given: Predictions, items: Sequence[Item], references: Path) -> Predictions:
+        """Predictions under the items' ids, where people's files name the questions otherwise."""
+        return given
+
     def matched(
         self, predictions: Path, references: Path, allow_partial: bool = False
     ) -> tuple[list[Item], dict[str, str], LeftOut]:
@@ -94,6 +98,7 @@ class Benchmark(ABC):
         with collector_paused():
             items, given = self.references(references), self.predictions(predictions)
         unique([item.id for item in items], references)
+        given = self.renamed(given, items, references)
         items = self.of_interest(items, given, references)
         unscored = {item.id for item in items if not item.references}
         items = [item for item in items if item.references]

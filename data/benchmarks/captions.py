@@ -9,10 +9,10 @@ import msgspec
 
 from data.benchmarks import java, ptb
 from data.benchmarks.base import Answers, Benchmark, Item, as_number
-from data.benchmarks.files import Files, Pictures, image_sets, read_array
+from data.benchmarks.files import Files, Pictures, array_name, image_sets, read_array
 from data.benchmarks.measures import Array, Measure, mean
 from data.benchmarks.ngrams import Corpus, bleu, cider
-from data.benchmarks.predictions import listed
+from data.benchmarks.predictions import Predictions, listed, number_in_name, rename
 from data.benchmarks.rouge import rouge_l
 from data.benchmarks.scores import Scores
 from data.pictures import MissingImage
@@ -35,8 +35,8 @@ class Captions(Benchmark):
     prompt = "Provide a one-sentence caption for the provided image."
     max_tokens = 64
     running = ""
-    id_keys = ("image_id",)
-    text_keys = ("caption",)
+    id_keys = ("image_id", "question_id", "image")
+    text_keys = ("caption", "text", "answer")
 
     def __init__(self, tokenizer: Tokenizer = "ptb") -> None:
         self.tokenizer = tokenizer
@@ -67,6 +67,16 @@ class Captions(Benchmark):
             Item(image, "", tuple(texts), pictures.by_name(names[image]) if image in names else None)
             for image, texts in captions.items()
         ]
+
+    def renamed(self, given: Predictions, items: Sequence[Item], references: Path) -> Predictions:
+        """Pictures may be called by their files, as the annotations name these, or by the number in their names."""
+        ids = {item.id for item in items}
+        if all(name in ids for name in given.answers):
+            return given
+        files: dict[str, str] = {}
+        if array_name(references, "images", "annotations") == "images":
+            files = dict(read_array(references, "images", Image, lambda _, row: (row.file_name, str(row.id))))
+        return rename(given, ids, lambda name: files.get(name) or number_in_name(name))
 
     def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         return json.dumps([{"image_id": as_number(i), "caption": text} for i, text in answers.items()])

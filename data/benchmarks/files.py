@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from data.benchmarks.base import Item
-from data.benchmarks.predictions import listed
+from data.benchmarks.predictions import listed, number_in_name
 from data.pictures import MissingImage
 from data.records import IMAGE_SUFFIXES, find_image
 from vlm.errors import UserError, first_line
@@ -85,13 +85,13 @@ class Pictures:
         for folder in folders:
             if folder.is_dir():
                 for name in os.listdir(folder):  # noqa: PTH208 (a hundred thousand of them)
-                    stem, dot, suffix = name.rpartition(".")
+                    _, dot, suffix = name.rpartition(".")
                     if f".{suffix.lower()}" in IMAGE_SUFFIXES and dot:
-                        found.setdefault(_number(stem.rpartition("_")[2]), folder / name)
+                        found.setdefault(number_in_name(name), folder / name)
         return found
 
     def by_number(self, number: int | str) -> Path | MissingImage:
-        return self._numbered.get(_number(str(number))) or self._missing(f"of image {number}")
+        return self._numbered.get(str(number).lstrip("0") or "0") or self._missing(f"of image {number}")
 
     def by_name(self, name: str, folders: Sequence[str] = IMAGE_SETS) -> Path | MissingImage:
         """`name` in the folder or in one of `folders` in it; never outside."""
@@ -126,8 +126,22 @@ def image_sets(path: Path) -> list[str]:
     return [*sorted(IMAGE_SETS, key=lambda name: name not in path.name), "images"]
 
 
-def _number(name: str) -> str:
-    return name.lstrip("0") or "0"
+def holds_object(path: Path) -> bool:
+    """Whether a JSON file is an object, and no list; a file that can't be read is none."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    except OSError:  # said by whoever reads it
+        return False
+
+
+def array_name(path: Path, *names: str) -> str:
+    """Which of these lists a JSON object holds; the first where it holds none, to be missed by `read_array`."""
+    try:
+        held = msgspec.json.decode(_read(path), type=dict[str, msgspec.Raw])
+    except BROKEN:
+        return names[0]
+    return next((name for name in names if name in held), names[0])
 
 
 def read_array(path: Path, name: str | None, kind: type[Row], make: Callable[[int, Row], T]) -> list[T]:

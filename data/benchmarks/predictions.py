@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -84,6 +84,33 @@ def read_predictions(
         else:
             found.answers[name] = text
     return found
+
+
+def rename(given: Predictions, ids: Collection[str], other: Callable[[str], str | None]) -> Predictions:
+    """Predictions under the questions' ids, where rows have another name for them; an id stays as it is.
+
+    other: the id that is meant by a name, None where none is known.
+    """
+    if given.ordered or all(name in ids for name in given.answers):
+        return given
+
+    def meant(name: str) -> str:
+        return name if name in ids else other(name) or name
+
+    found = Predictions(given.path, broken=given.broken, repeated=list(map(meant, given.repeated)))
+    for name, text in given.answers.items():
+        if (known := meant(name)) in found.answers:
+            found.repeated.append(known)
+        else:
+            found.answers[known] = text
+    return found
+
+
+def number_in_name(name: str) -> str:
+    """The number that a picture's file is called by: 42 of COCO_val2014_000000000042.jpg and of 0042."""
+    stem, dot, suffix = name.rpartition(".")
+    number = (stem if dot and not suffix.isdecimal() else name).rpartition("_")[2]
+    return number.lstrip("0") or "0"
 
 
 def match(

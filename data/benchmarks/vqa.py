@@ -1,21 +1,22 @@
 """VQA accuracy over ten human answers, as the official script computes it (Antol et al. 2015; VQA v2 evaluation)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from sys import intern
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from data.benchmarks.base import Answers, Benchmark, Item, averaged
-from data.benchmarks.files import Files, image_sets, read_array
+from data.benchmarks.files import IMAGE_SETS, Files, image_sets, read_array
 from data.benchmarks.scores import Scores
 from data.benchmarks.vqa_text import clean, process
 from data.formats import SHORT_ANSWER
 from data.official import find_annotations
+from data.records import IMAGE_SUFFIXES
 from vlm.errors import UserError
 
 
@@ -30,6 +31,7 @@ class VQA(Benchmark):
     prompt = SHORT_ANSWER
     modes = ("official", "normalised")
     max_tokens = 16
+    folders: ClassVar[Sequence[str]] = ()  # where pictures may be, beside COCO's image sets
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
         files = Files(data, split, "https://visualqa.org/download.html")
@@ -37,19 +39,25 @@ class VQA(Benchmark):
         files.check()
         annotations = beside(questions)
         known = {item.id: item for item in self.references(annotations)} if annotations else {}
-        pictures = files.pictures(images, image_sets(questions))
+        pictures = files.pictures(images, [*self.folders, *image_sets(questions)])
 
         def ask(index: int, row: Question) -> Item:
             told = known.get(str(row.question_id), Item(str(row.question_id), "", ()))
-            return replace(told, question=row.question, image=pictures.by_number(row.image_id))
+            name = str(row.image_id)
+            named = Path(name).suffix.lower() in IMAGE_SUFFIXES  # as OpenFlamingo's file of VizWiz has them
+            image = pictures.by_name(name, [*self.folders, *IMAGE_SETS]) if named else pictures.by_number(name)
+            return replace(told, question=row.question, image=image)
 
         return read_array(questions, "questions", Question, ask)
 
     def references(self, path: Path) -> list[Item]:
         return read_array(path, "annotations", Annotation, lambda _, row: make_item(row))
 
+    def accuracy(self, mode: str) -> Callable[[str, Item], float]:
+        return official if mode == "official" else normalised
+
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
-        accuracy = official if mode == "official" else normalised
+        accuracy = self.accuracy(mode)
         values = [0.0 if (said := answers[item.id]) is None else accuracy(said, item) for item in items]
         return averaged(self.task, mode, items, values, 100)
 
@@ -69,10 +77,12 @@ class Question(msgspec.Struct):
 
 
 class Annotation(msgspec.Struct):
+    """Without types in files that OK-VQA's, TextVQA's and VizWiz's were made into: then there is no breakdown."""
+
     question_id: int | str
     answers: msgspec.Raw
-    answer_type: str
-    question_type: str
+    answer_type: str | None = None
+    question_type: str | None = None
 
 
 class Answer(msgspec.Struct, gc=False):
@@ -81,7 +91,8 @@ class Answer(msgspec.Struct, gc=False):
 
 
 def make_item(row: Annotation) -> Item:
-    groups = (intern(f"accuracy/{row.answer_type}"), intern(f"question_type/{row.question_type}"))
+    kinds = (("accuracy", row.answer_type), ("question_type", row.question_type))
+    groups = tuple([intern(f"{name}/{kind}") for name, kind in kinds if kind is not None])
     texts, objects = said(row.answers)
     return Item(str(row.question_id), "", texts, None, groups, objects)
 
@@ -95,11 +106,15 @@ def said(answers: msgspec.Raw) -> tuple[tuple[str, ...], tuple[str, ...] | None]
     The script takes equal objects for one annotator; None where each has an id of its own, as in VQAv2.
     """
     rows = _ANSWERS.decode(answers)
-    if not rows:
-        raise ValueError("no answers")
-    texts = tuple([intern(row.answer) for row in rows])  # ten million characters of `yes` take room once
+    texts = texts_of(rows)
     ids = {row.answer_id for row in rows}
     return texts, None if len(ids) == len(rows) and None not in ids else objects(msgspec.json.decode(answers))
+
+
+def texts_of(rows: Sequence[Answer]) -> tuple[str, ...]:
+    if not rows:
+        raise ValueError("no answers")
+    return tuple([intern(row.answer) for row in rows])  # ten million characters of `yes` take room once
 
 
 def objects(answers: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:

@@ -1,6 +1,7 @@
 """How the official VQA script normalises an answer, quirks included: a score that differs from it is no score."""
 
 import re
+from functools import lru_cache
 
 NUMBER_WORDS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
@@ -56,3 +57,11 @@ def _punctuation(text: str) -> str:
         goes = f"{mark} " in text or f" {mark}" in text or _DIGIT_COMMA.search(text)
         out = out.replace(mark, "" if goes else " ")
     return _PERIOD.sub("", out, count=_PERIODS_AT_MOST) if "." in out else out
+
+
+@lru_cache(1 << 18)
+def evalai(text: str) -> str:
+    """An answer as the EvalAI server processes it, and LLaVA's converters: commas, question marks and ' before s go
+    first."""
+    words = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return process(clean(words))

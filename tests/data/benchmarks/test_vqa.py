@@ -90,6 +90,25 @@ def test_breakdowns_go_by_answer_type_and_question_type(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("how", ["missing", "null"])
+@pytest.mark.parametrize("without", [{"answer_type"}, {"question_type"}, {"answer_type", "question_type"}])
+def test_annotations_without_types_are_scored_without_the_breakdown(
+    tmp_path: Path, without: set[str], how: str
+) -> None:
+    """OK-VQA, TextVQA and VizWiz in the form that OpenFlamingo publishes have none, or one of them."""
+    rows = [annotation(1, ["yes"] * 10), annotation(2, ["2"] * 10)]
+    for row in rows:
+        del row["image_id"]
+        for name in without:
+            row[name] = None
+            if how == "missing":
+                del row[name]
+    told = score(tmp_path, rows, [predicted(1, "yes"), predicted(2, "3")])
+    assert told.per_item == {"1": 100, "2": 0}
+    left = {"answer_type": "accuracy/other", "question_type": "question_type/what"}
+    assert told.metrics == {"accuracy": 50} | {name: 50 for kind, name in left.items() if kind not in without}
+
+
 NORMALISED = {
     "number words up to ten": ("None one TWO ten eleven", "0 1 2 10 eleven"),
     "articles": ("the A an cat", "cat"),
@@ -193,7 +212,7 @@ def test_predictions_of_another_shape_are_refused(tmp_path: Path, predictions: A
         ({**annotation(1, ["red"]), "answers": ["red"]}, "Expected `object`, got `str`"),
         ({**annotation(1, ["red"]), "question_id": None}, "got `null` - at `\\$.question_id`"),
         ("red", "Expected `object`, got `str`"),
-        ({k: v for k, v in annotation(1, ["red"]).items() if k != "question_type"}, "`question_type`"),
+        ({**annotation(1, ["red"]), "question_type": 3}, "at `\\$.question_type`"),
     ],
 )
 def test_annotations_of_another_shape_are_refused(tmp_path: Path, row: Any, complaint: str) -> None:

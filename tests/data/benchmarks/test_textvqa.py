@@ -1,16 +1,15 @@
-"""TextVQA against a port of M4C's evaluator; VizWiz, whose annotators have no ids."""
+"""TextVQA against a port of M4C's evaluator, and its files."""
 
 import json
 import random
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data.benchmarks.files import check_pictures
-from data.benchmarks.ten_answers import TextVQA, VizWiz
-from tests.data.benchmarks.files import picture, write
+from data.benchmarks.textvqa import TextVQA
+from tests.data.benchmarks.files import annotation, picture, write, write_lines
 from tests.data.benchmarks.official_vqa import Script
 from tests.data.benchmarks.test_vqa_official import text
 from vlm import UserError
@@ -89,64 +88,50 @@ def test_textvqa_questions_meet_their_pictures(tmp_path: Path) -> None:
         TextVQA().references(tmp_path / "TextVQA_0.5.1_test.json")
 
 
-def photo(name: str, answers: list[str], sure: str = "yes", **more: Any) -> dict[str, Any]:
-    told = [{"answer": answer, "answer_confidence": sure} for answer in answers]
-    return {"image": name, "question": "what?", "answers": told, "answer_type": "other", "answerable": 1, **more}
-
-
-def test_vizwiz_scores_as_the_official_loop(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    rows = []
-    for number in range(1000):
-        pool = [text(rng) for _ in range(rng.choice([1, 2, 4]))]
-        row = photo(f"VizWiz_val_{number:08}.jpg", rng.choices(pool, k=10), answer_type=rng.choice("ab"))
-        for answer in row["answers"]:
-            answer["answer_confidence"] = rng.choice(["yes", "yes", "maybe", "no"])
-        rows.append(row)
-    said = [{"image": row["image"], "answer": rng.choice(row["answers"])["answer"]} for row in rows]
-    scores = VizWiz().score_files(write(tmp_path / "said.json", said), write(tmp_path / "val.json", rows))
-    named = [{**row, "question_id": row["image"], "question_type": "all"} for row in rows]
-    script = Script(named, [{"question_id": one["image"], **one} for one in said])
-    script.evaluate()
-    assert scores.per_item == script.questions
-    assert len(set(scores.per_item.values())) > 5
-    expected = {f"accuracy/{kind}": value for kind, value in script.accuracy["answer_type"].items()}
-    expected["accuracy"] = script.accuracy["overall"]
-    assert {name: round(value, 2) for name, value in scores.metrics.items()} == expected
-
-
-def test_equal_answers_in_vizwiz_exclude_one_another(tmp_path: Path) -> None:
-    rows = [photo("a.jpg", ["red"] * 4 + ["blue"] * 6), photo("b.jpg", ["red"] * 10)]
-    said = [{"image": "a.jpg", "answer": "red"}, {"image": "b.jpg", "answer": "red"}]
-    paths = write(tmp_path / "said.json", said), write(tmp_path / "val.json", rows)
-    # of ten equal answers none is left to agree; of four, six others find them
-    assert VizWiz().score_files(*paths).per_item == {"a.jpg": pytest.approx(60), "b.jpg": 0}
-    assert VizWiz().score_files(*paths, mode="normalised").per_item == {"a.jpg": 100, "b.jpg": 100}
-
-
-def test_vizwiz_questions_meet_their_pictures(tmp_path: Path) -> None:
-    write(tmp_path / "Annotations/val.json", [photo("VizWiz_val_00000000.jpg", ["x"] * 10)])
-    bare = {"image": "VizWiz_test_00000000.jpg", "question": "what?"}
-    write(tmp_path / "Annotations/test.json", [bare])
-    val = picture(tmp_path / "val/VizWiz_val_00000000.jpg")
-    test = picture(tmp_path / "test/VizWiz_test_00000000.jpg")
-    (item,) = VizWiz().items(tmp_path, None, "val")
-    assert (item.id, item.question, item.image) == ("VizWiz_val_00000000.jpg", "what?", val)
-    assert item.references == ("x",) * 10
-    (asked,) = VizWiz().items(tmp_path, None, "test")
-    assert (asked.references, asked.image) == ((), test)
-    assert VizWiz().items(tmp_path / "Annotations/val.json", tmp_path / "val") == [item]
-    with pytest.raises(UserError, match=r"train\.json .*vizwiz\.org"):
-        VizWiz().items(tmp_path, None, "train")
-    val.unlink()
-    with pytest.raises(UserError, match=r"1 pictures are not there \(VizWiz_val_00000000\.jpg\)"):
-        check_pictures(VizWiz().items(tmp_path, None, "val"))
-
-
-@pytest.mark.parametrize("benchmark", [TextVQA(), VizWiz()])
-def test_submissions_read_back(tmp_path: Path, benchmark: TextVQA | VizWiz) -> None:
+def test_a_submission_reads_back(tmp_path: Path) -> None:
     answers = {"12": "a", "V_1.jpg": "\u00fc"}
-    path = tmp_path / benchmark.submission_name
-    path.write_text(benchmark.submission([], answers), encoding="utf-8")
-    assert benchmark.predictions(path).answers == answers
-    assert set(json.loads(path.read_text())[1]) == {benchmark.id_keys[0], "answer"}
+    path = tmp_path / "predictions.json"
+    path.write_text(TextVQA().submission([], answers), encoding="utf-8")
+    assert TextVQA().predictions(path).answers == answers
+    assert set(json.loads(path.read_text())[1]) == {"question_id", "answer"}
+
+
+SUFFIX = "Answer the question using a single word or phrase."
+PROMPTS = {
+    "behind": "{question}\nReference OCR token: a, b\n" + SUFFIX,
+    "before": "Reference OCR token: a, b\n{question}\n" + SUFFIX,
+    "none": "{question}\n" + SUFFIX,
+    "old": "OCR tokens: a, b. Question: {question} Short answer:",
+}
+
+
+@pytest.mark.parametrize("form", PROMPTS)
+def test_llavas_answers_name_the_picture_and_hold_the_prompt(tmp_path: Path, form: str) -> None:
+    """Its script finds the question by both, case apart."""
+    asked = [("p", "What is it?"), ("p", "what Brand?"), ("q", "what is it?"), ("q", "what is it?")]
+    rows = [
+        {"question_id": 70 + n, "image_id": image, "question": question, "answers": [f"w{n}"] * 10}
+        for n, (image, question) in enumerate(asked)
+    ]
+    references = write(tmp_path / "TextVQA_0.5.1_val.json", {"data": rows})
+    said = [
+        {"question_id": image, "prompt": PROMPTS[form].format(question=question.upper()), "text": f"W{n}."}
+        for n, (image, question) in enumerate(asked)
+    ]
+    scores = TextVQA().score_files(write_lines(tmp_path / "said.jsonl", said), references)
+    assert scores.per_item == {"70": 100, "71": 100, "72": 100, "73": 100}
+    by_question = [{**row, "question_id": 70 + n} for n, row in enumerate(said)]
+    scores = TextVQA().score_files(write_lines(tmp_path / "said.jsonl", by_question), references)
+    assert set(scores.per_item.values()) == {100}
+    more = [*by_question, by_question[1], {**said[0], "prompt": "who?"}]
+    path = write_lines(tmp_path / "said.jsonl", more)
+    with pytest.raises(UserError, match=r"1 ids come more than once \(71\); 1 ids are not in .* \(p\)"):
+        TextVQA().score_files(path, references)
+
+
+def test_annotations_in_vqas_form_are_scored_by_textvqas_rules(tmp_path: Path) -> None:
+    row = annotation(5, ["Joe's"] * 9 + ["joe"])
+    del row["answer_type"]
+    references = write(tmp_path / "val_annotations_vqa_format.json", {"annotations": [row]})
+    said = write(tmp_path / "said.json", [{"question_id": 5, "answer": "JOE'S?"}])
+    assert TextVQA().score_files(said, references).per_item == {"5": 100}

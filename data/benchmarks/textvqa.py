@@ -1,0 +1,126 @@
+"""TextVQA: questions about text in pictures (Singh et al. 2019), ten answers each."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from data.benchmarks.base import Answers, Benchmark, Item, averaged
+from data.benchmarks.files import Files, array_name, read_array
+from data.benchmarks.predictions import Predictions, as_id, json_rows, read_predictions, rename
+from data.benchmarks.scores import Scores
+from data.benchmarks.vqa import Answer, agreement
+from data.benchmarks.vqa_text import evalai
+from data.formats import SHORT_ANSWER
+
+_OCR_FIRST = re.compile(r"OCR tokens: .*?Question: (.*?) Short answer:", re.DOTALL)
+
+
+class TextVQA(Benchmark):
+    """{"data": [{"question_id", "image_id", "question", "answers"}]}; predictions [{"question_id", "answer"}].
+
+    The mean over annotators of min(agreeing others / 3, 1), answers as the challenge's server processes them (M4C's
+    EvalAI processor). OCR tokens are not in the prompt. References may be VQA's annotations file, too.
+    """
+
+    task = "textvqa"
+    prompt = SHORT_ANSWER
+    max_tokens = 16
+    prompt_notes = {"ocr_tokens_in_prompt": False}
+
+    def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
+        files = Files(data, split, "https://textvqa.org/dataset (0.5.1)")
+        path = files.find("textvqa*.json", f"TextVQA_0.5.1_{split or 'val'}.json")
+        files.check()
+        pictures = files.pictures(images, ["train_images", "test_images", "images"])
+
+        def ask(_: int, row: TextQuestion) -> Item:
+            image = pictures.by_name(f"{row.image_id}.jpg", ["train_images", "test_images"])
+            return Item(str(row.question_id), row.question, tuple(row.answers), image)
+
+        return read_array(path, "data", TextQuestion, ask)
+
+    def references(self, path: Path) -> list[Item]:
+        def told(_: int, row: TextReference) -> Item:
+            texts = tuple(one if isinstance(one, str) else one.answer for one in row.answers)
+            return Item(str(row.question_id), "", texts)
+
+        return read_array(path, array_name(path, "data", "annotations"), TextReference, told)
+
+    def predictions(self, path: Path) -> Predictions:
+        return read_predictions(path, self.id_keys, self.text_keys, rows=_told_apart(path))
+
+    def renamed(self, given: Predictions, items: Sequence[Item], references: Path) -> Predictions:
+        """LLaVA's answers name the picture, of which there are several questions, and hold the prompt."""
+        if not any("\n" in name for name in given.answers):
+            return given
+        rows = read_array(references, array_name(references, "data", "annotations"), Asked, lambda _, row: row)
+        name = _Names()
+        known = {name(row.image_id, row.question): str(row.question_id) for row in rows}
+        return rename(given, {item.id for item in items}, lambda said: known.get(said) or said.partition("\n")[0])
+
+    def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
+        values = [_text_accuracy(answers[item.id], item) for item in items]
+        return averaged(self.task, mode, items, values, 100, **self.prompt_notes)
+
+
+class TextReference(msgspec.Struct):
+    question_id: int | str
+    answers: list[str | Answer]
+
+    def __post_init__(self) -> None:
+        if not self.answers:
+            raise ValueError("no answers")
+
+
+class TextQuestion(msgspec.Struct):
+    question_id: int | str
+    image_id: str
+    question: str
+    answers: list[str] = []
+
+
+class Asked(msgspec.Struct):
+    question_id: int | str
+    image_id: int | str = ""
+    question: str = ""
+
+
+def _told_apart(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a file of predictions; what LLaVA's hold is called by the picture and the question in the prompt."""
+    name = _Names()
+    for where, row in json_rows(path):
+        if isinstance(row, dict) and isinstance(prompt := row.get("prompt"), str):
+            image = as_id(row.get("question_id"))
+            row = row if image is None else {**row, "question_id": name(image, _asked(prompt))}
+        yield where, row
+
+
+class _Names:
+    """What a question is called by its picture and its words; one that is asked again has another name each time."""
+
+    def __init__(self) -> None:
+        self._seen = Counter[str]()
+
+    def __call__(self, image: int | str, question: str) -> str:
+        name = f"{image}\n{question.strip().lower()}"
+        self._seen[name] += 1
+        return name if self._seen[name] == 1 else f"{name}\n{self._seen[name]}"
+
+
+def _asked(prompt: str) -> str:
+    """The question in one of LLaVA's prompts: alone or with OCR tokens before or behind it."""
+    if found := _OCR_FIRST.match(prompt):
+        return found[1]
+    lines = [line for line in prompt.split("\n") if not line.startswith("Reference OCR token:")]
+    return lines[0] if lines else ""
+
+
+def _text_accuracy(answer: str | None, item: Item) -> float:
+    if answer is None:
+        return 0.0
+    mine = evalai(answer)
+    return agreement(tuple(evalai(text) == mine for text in item.references))
