@@ -13,6 +13,7 @@ from vlm.errors import UserError
 
 MOST_DRAWS = 100_000
 SHOWN = 10  # of the items that changed, on a terminal
+DIFFERENT = 0.1  # points of accuracy, from which on another rule's score is told
 
 
 def run_scoring(options: argparse.Namespace) -> int:
@@ -90,10 +91,14 @@ def comparison(ours: Scores, theirs: Scores, options: argparse.Namespace) -> dic
 def tell(scores: Scores, samples: int, seed: int = 0) -> None:
     """Metrics with their intervals, and whatever must be known beside them."""
     print(f"{scores.task}, mode {scores.mode}, n = {scores.n}")
+    if scores.scored:
+        print(f"scored: {scores.scored}")
     intervals = scores.intervals(samples, seed) if samples else {}
     for name, value in scores.metrics.items():
         interval = f"   [{intervals[name][0]:.4f}, {intervals[name][1]:.4f}]" if samples else ""
         print(f"  {name:32} {value:9.4f}{interval}")
+    if (other := scores.other) and abs(other.metrics["accuracy"] - scores.metrics["accuracy"]) > DIFFERENT:
+        print(f"otherwise: accuracy {other.metrics['accuracy']:.4f} of {other.scored}")
     for name, note in scores.notes.items():
         if name == "skipped":
             continue

@@ -5,7 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,10 +62,25 @@ class Benchmark(ABC):
         """id -> answer, from a file in the benchmark's own submission format."""
         return read_predictions(path, self.id_keys, self.text_keys, self.ordered)
 
+    def submitted(self, answer: str) -> str:
+        """What a submission holds of a model's answer."""
+        return answer
+
     def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
-        """The text of a file in the benchmark's own submission format: an answer for each item."""
-        rows = [{self.id_keys[0]: as_number(i), self.text_keys[0]: answer} for i, answer in answers.items()]
+        """The text of a file in the benchmark's own submission format: of each item what is submitted of its answer."""
+        rows = [
+            {self.id_keys[0]: as_number(i), self.text_keys[0]: self.submitted(answer)} for i, answer in answers.items()
+        ]
         return json.dumps(rows, ensure_ascii=False)
+
+    def score_said(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
+        """Scores of what a submission holds of a model's answers."""
+        held = {name: None if text is None else self.submitted(text) for name, text in answers.items()}
+        return self.score(items, held, mode)
+
+    def other_score(self, items: Sequence[Item], answers: Answers, scores: Scores) -> Scores | None:
+        """Of answers from a file, which have `scores`: those that people may mean as well, by another rule."""
+        return None
 
     def demonstrated(self, item: Item) -> str:
         """The answer that a demonstration of few-shot prompts gives: what most people said."""
@@ -120,7 +135,7 @@ class Benchmark(ABC):
         for name in self.prompt_notes:
             scores.notes.pop(name)
         scores.notes.update(left_out.as_notes())
-        return scores
+        return replace(scores, other=self.other_score(items, answers, scores))
 
 
 @contextmanager

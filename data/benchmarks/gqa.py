@@ -64,7 +64,11 @@ class GQA(Benchmark):
         return read_object(path, Reference, told)
 
     def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
-        return json.dumps([{"questionId": i, "prediction": normalise(text)} for i, text in answers.items()])
+        return json.dumps([{"questionId": i, "prediction": self.submitted(text)} for i, text in answers.items()])
+
+    def submitted(self, answer: str) -> str:
+        """The official script compares strictly; LLaVA's converter takes final full stops and capitals away."""
+        return normalise(answer)
 
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         said = [answers[item.id] for item in items]

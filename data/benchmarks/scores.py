@@ -12,6 +12,7 @@ from data.benchmarks.measures import SAMPLES, Measure
 class Scores:
     """measures: name -> metric; per_item: id -> number; notes: what else a reader must know, such as what was left out.
 
+    scored: which answers these are and by which rule, where people may mean another one; other: by that one.
     Measures are over the items of `per_item`, in its order, over some of them (breakdowns), or over groups
     of them (MMBench's questions).
     """
@@ -21,6 +22,8 @@ class Scores:
     measures: dict[str, Measure]
     per_item: dict[str, float]
     notes: dict[str, Any] = field(default_factory=dict)
+    scored: str = ""
+    other: "Scores | None" = None
 
     @property
     def n(self) -> int:
@@ -37,6 +40,10 @@ class Scores:
         shown: dict[str, Any] = {"task": self.task, "mode": self.mode, "n": self.n, "metrics": self.metrics}
         if samples:
             shown["intervals"] = self.intervals(samples, seed)
+        if self.scored:
+            shown["scored"] = self.scored
+        if self.other is not None:
+            shown["other"] = {"scored": self.other.scored, "mode": self.other.mode, "metrics": self.other.metrics}
         return {**shown, **self.notes, **({"per_item": self.per_item} if per_item else {})}
 
 

@@ -19,7 +19,7 @@ class VizWiz(VQA):
 
     official: VizWiz's own program, which always normalises the prediction, never the annotators' answers, and leaves
     one annotator out by position; normalised: normalises those, too. The published program's contractions have
-    typographic apostrophes, so that most can match nothing; VQA's are used.
+    typographic apostrophes, so that most can match nothing; VQA's are used. Submissions are as LLaVA's.
     """
 
     task = "vizwiz"
@@ -62,9 +62,10 @@ class VizWiz(VQA):
         return official if mode == "official" else normalised
 
     def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
+        keys = (("question_id", int(i)) if i.isdecimal() else ("image", i) for i in answers)
         rows = [
-            {"question_id": int(i), "answer": text} if i.isdecimal() else {"image": i, "answer": text}
-            for i, text in answers.items()
+            {key: name, "answer": self.submitted(text)}
+            for (key, name), text in zip(keys, answers.values(), strict=True)
         ]
         return json.dumps(rows, ensure_ascii=False)
 

@@ -13,18 +13,24 @@ import msgspec
 from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.files import IMAGE_SETS, Files, image_sets, read_array
 from data.benchmarks.scores import Scores
-from data.benchmarks.vqa_text import clean, process
+from data.benchmarks.vqa_text import clean, evalai, process
 from data.formats import SHORT_ANSWER
 from data.official import find_annotations
 from data.records import IMAGE_SUFFIXES
 from vlm.errors import UserError
+
+# which answers were scored, and by which rule
+BARE = "answers as they were given, by the official script alone"
+SUBMITTED = "answers normalised as LLaVA submits them, by the official script"
+ALWAYS = "answers and references normalised always, one annotator left out by position"
 
 
 class VQA(Benchmark):
     """Official questions and annotations files; `data` is the questions file or a folder that holds both.
 
     official: bit-equal to the script, which normalises nothing where all ten answers are the same; normalised: always
-    normalises, and leaves one annotator out by position instead of by inequality.
+    normalises, and leaves one annotator out by position instead of by inequality. A submission holds normalised
+    answers, as LLaVA's converter (convert_vqav2_for_submission.py) and so the published figures do.
     """
 
     task = "vqav2"
@@ -59,7 +65,27 @@ class VQA(Benchmark):
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         accuracy = self.accuracy(mode)
         values = [0.0 if (said := answers[item.id]) is None else accuracy(said, item) for item in items]
-        return averaged(self.task, mode, items, values, 100)
+        scored = BARE if mode == "official" else ALWAYS
+        return replace(averaged(self.task, mode, items, values, 100), scored=scored)
+
+    def submitted(self, answer: str) -> str:
+        return evalai(answer)
+
+    def score_said(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
+        scores = super().score_said(items, answers, mode)
+        scored = SUBMITTED if mode == "official" else scores.scored
+        return replace(scores, scored=scored, other=self.score(items, answers, "official"))
+
+    def other_score(self, items: Sequence[Item], answers: Answers, scores: Scores) -> Scores | None:
+        """Of the bare script's score what it would be of normalised answers; of that of the other mode the script's."""
+        if scores.mode != "official":
+            return self.score(items, answers, "official")
+        accuracy, values = self.accuracy("official"), list[float]()
+        for item in items:
+            said = answers[item.id] or ""
+            held = self.submitted(said)
+            values.append(scores.per_item[item.id] / 100 if held == said else accuracy(held, item))
+        return replace(averaged(self.task, "official", items, values, 100), scored=SUBMITTED)
 
 
 def beside(questions: Path) -> Path | None:

@@ -45,12 +45,12 @@ class Evaluation:
 
     @cached_property
     def scores(self) -> Scores:
-        """Of the items that have references; questions that failed are wrong."""
+        """Of the items that have references, and what a submission holds; questions that failed are wrong."""
         items = [item for item in self.items if item.references]
         if not items:
             return Scores(self.benchmark.task, str(self.settings["mode"]), {}, {})
         answers = {name: reply.answer for name, reply in self.replies.items()}
-        return self.benchmark.score(items, answers, str(self.settings["mode"]))
+        return self.benchmark.score_said(items, answers, str(self.settings["mode"]))
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
@@ -59,6 +59,11 @@ class Evaluation:
     @property
     def failed(self) -> list[Reply]:
         return [reply for reply in self.replies.values() if reply.error is not None]
+
+    @property
+    def pictures_shown(self) -> int:
+        """How many questions were asked with a picture."""
+        return sum(self.images[reply.id] is not None for reply in self.replies.values() if reply.error is None)
 
     @property
     def seconds(self) -> float:
@@ -92,15 +97,29 @@ def as_json(evaluation: Evaluation, controls: Sequence[Evaluation] = ()) -> dict
         "prompt": evaluation.settings["prompt"],
         "control": evaluation.control,
         "controls": {
-            other.control: {"metrics": other.scores.metrics, "intervals": other.intervals, "failed": len(other.failed)}
+            other.control: {
+                "metrics": other.scores.metrics,
+                "intervals": other.intervals,
+                "failed": len(other.failed),
+                "pictures_shown": other.pictures_shown,
+            }
             for other in controls
         },
+        "pictures_shown": evaluation.pictures_shown,
         "settings": {**evaluation.settings, "decoding": "greedy"},
         "versions": versions(),
         "per_item": evaluation.scores.per_item,
         "seconds": round(evaluation.seconds, 3),
         "seconds_per_question": round(evaluation.seconds / len(evaluation.items), 6),
     }
+
+
+def pictures_told(evaluation: Evaluation) -> str:
+    """Which control it was, and how many questions were asked with a picture."""
+    shown, asked = evaluation.pictures_shown, len(evaluation.items)
+    whose = "other questions' pictures" if evaluation.control == "shuffled" else "pictures"
+    told = f"{whose} shown with {shown} of {asked} questions" if shown else f"no picture shown with {asked} questions"
+    return f"control: {evaluation.control}, {told}"
 
 
 def versions() -> dict[str, str]:
@@ -129,6 +148,7 @@ def write_page(evaluation: Evaluation, folder: Path, controls: Sequence[Evaluati
         evaluation=evaluation,
         scores=scores,
         controls=controls,
+        pictures=pictures_told(evaluation),
         notes={name: note for name, note in scores.notes.items() if note},
         versions=versions(),
         kinds=[name for name in scores.metrics if name.partition("/")[0] in BREAKDOWNS],
@@ -141,10 +161,12 @@ def write_page(evaluation: Evaluation, folder: Path, controls: Sequence[Evaluati
 def _card(evaluation: Evaluation, item: Item, number: int, thumbnails: Path) -> dict[str, Any]:
     reply = evaluation.replies[item.id]
     score = evaluation.scores.per_item.get(item.id)
+    submitted = None if reply.answer is None else evaluation.benchmark.submitted(reply.answer)
     return {
         "id": item.id,
         "question": item.question,
         "answer": reply.answer if reply.error is None else None,
+        "submitted": None if submitted == reply.answer else submitted,
         "error": reply.error,
         "references": _counted(item.references),
         "score": None if score is None else round(score, 4),

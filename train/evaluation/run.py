@@ -143,7 +143,7 @@ class Running:
         self.failed += sum(reply.error is not None for reply in replies)
         items = [self.items[reply.id] for reply in replies if reply.id in self.items]
         if items and self.benchmark.running:
-            scores = self.benchmark.score(items, {reply.id: reply.answer for reply in replies}, self.mode)
+            scores = self.benchmark.score_said(items, {reply.id: reply.answer for reply in replies}, self.mode)
             self.measure = scores.measures[self.benchmark.running]
             self.sums = self.sums + self.measure.statistics.sum(0)
 

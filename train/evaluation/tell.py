@@ -7,13 +7,11 @@ from pathlib import Path
 
 from data.benchmarks import find_benchmark
 from train.evaluation.journal import REPORT
-from train.evaluation.outputs import Evaluation
+from train.evaluation.outputs import Evaluation, pictures_told
 from train.evaluation.run import claimed, evaluate, merge
 from train.evaluation.tasks import Means, Question, make_tasks
 from vlm.errors import UserError
 from vlm.threads import describe_threads
-
-SHOWN = {"none": "shown", "blind": "withheld", "shuffled": "exchanged"}
 
 
 def run_evaluation(question: Question, means: Means, out: Path, controls: bool) -> int:
@@ -66,11 +64,15 @@ def tell(evaluations: Sequence[Evaluation], out: Path) -> int:
         low, high = first.intervals[name]
         beside = "".join(f"   {other.control} {other.scores.metrics[name]:.4f}" for other in controls)
         print(f"{name:32} {value:9.4f}   [{low:.4f}, {high:.4f}]{beside}")
+    if first.scores.scored:
+        print(f"scored: {first.scores.scored}")
+    if other := first.scores.other:
+        print(f"otherwise: accuracy {other.metrics['accuracy']:.4f} of {other.scored}")
     if first.unscored:
         print(f"{first.unscored} questions without references: answered, not scored")
     if first.failed:
         print(f"{len(first.failed)} questions failed and are scored as wrong; the first: {first.failed[0].error}")
     for name, why in first.scores.notes.get("skipped", {}).items():
         print(f"{name} is left out: {why}")
-    print(f"n = {first.scores.n}, images: {SHOWN[first.control]}, {first.seconds:.1f} s; {out / REPORT}")
+    print(f"n = {first.scores.n}, {pictures_told(first)}, {first.seconds:.1f} s; {out / REPORT}")
     return 0

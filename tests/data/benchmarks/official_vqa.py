@@ -14,7 +14,7 @@ NUMBERS["none"] = "0"
 CONTRACTIONS = {
     "aint": "ain't", "cant": "can't", "dont": "don't", "isnt": "isn't", "hes": "he's", "Im": "I'm", "Id've": "I'd've",
     "let's": "let's", "oclock": "o'clock", "ow's'at": "'ow's'at", "somebody'd": "somebodyd", "thats": "that's",
-    "twas": "'twas", "wont": "won't", "yall": "y'all", "couldn'tve": "couldn't've",
+    "thered": "there'd", "twas": "'twas", "wont": "won't", "yall": "y'all", "couldn'tve": "couldn't've",
 }  # fmt: skip
 
 

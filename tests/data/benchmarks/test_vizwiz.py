@@ -153,8 +153,8 @@ def test_vizwiz_questions_meet_their_pictures(tmp_path: Path) -> None:
 
 
 def test_a_submission_reads_back(tmp_path: Path) -> None:
-    answers = {"V_1.jpg": "a", "V_2.jpg": "\u00fc"}
+    answers = {"V_1.jpg": "The Red.", "V_2.jpg": "\u00fc"}
     path = tmp_path / "predictions.json"
     path.write_text(VizWiz().submission([], answers), encoding="utf-8")
-    assert VizWiz().predictions(path).answers == answers
+    assert VizWiz().predictions(path).answers == {"V_1.jpg": "red", "V_2.jpg": "\u00fc"}
     assert set(json.loads(path.read_text())[1]) == {"image", "answer"}
