@@ -1,7 +1,6 @@
 """Multiple choice: ScienceQA (Lu et al. 2022), asked and read as LLaVA does."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
@@ -11,33 +10,10 @@ import msgspec
 
 from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.files import Files, read_object
+from data.benchmarks.letters import read_letter
 from data.benchmarks.predictions import Predictions, read_predictions, read_text
 from data.benchmarks.scores import Scores
 from vlm.errors import UserError
-
-# what LLaVA's script reads a letter from, then what people take for an answer, too
-_LETTER = re.compile(r"([A-Z])(?:\. .*)?", re.DOTALL)
-_SENTENCE = re.compile(r"The answer is:? ([A-Z])\b")
-_BARE = re.compile(
-    r"\W*(?P<named>(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?:? *(?:option |choice )?)?"
-    r"[(\[*\"']*(?P<letter>[a-z])[)\]*\"'.:,;!]*(?P<rest>[\s.].*)?",
-    re.IGNORECASE | re.DOTALL,
-)
-# "A dog" begins with an article, "A is a dog" doesn't: these words follow none
-_VERBS = "is|was|are|does|did|has|have|had|would|could|should|must|cannot|seems|looks|appears"
-_ARTICLE = re.compile(
-    rf"a +(?!(?:(?:best|better|most|also|clearly|closely|correctly|accurately|definitely|probably|likely|obviously) +)*"
-    rf"(?:{_VERBS}|can be|can not|will be|will not|may be|might be|matches|fits|shows|describes|depicts|represents|"
-    r"indicates|identifies|explains|answers|states|says|contains|includes|refers|corresponds|belongs|makes|gives|"
-    r"because|since|as|for|from|in|of|on|with|by|and|or|but|not|if|when|where|which|who|the|this|that|these|those|it)"
-    r"\b(?!-))\w",
-    re.IGNORECASE,
-)
-# behind a letter: another one, or that it isn't the answer
-_DOUBT = re.compile(
-    r"\W*(?:(?:or|and)\W+\(?[A-Za-z]\b|[B-Z]\b|A\W*$|"
-    rf"(?i:(?:(?:{_VERBS})\b\W*)?(?:not|wrong|incorrect|cannot)\b|(?:is|was|does|did|has|would|could|should|ca)n['\u2019]t\b))"
-)
 
 
 class ScienceQA(Benchmark):
@@ -154,26 +130,3 @@ def make_item(key: str, row: Problem, image: Any) -> Item:
     groups += [f"grade/{row.grade}"] if row.grade else []
     groups.append("accuracy/image" if row.image else "accuracy/no image")
     return Item(key, question, (letters[row.answer],), image, tuple(groups), tuple(row.choices))
-
-
-def read_letter(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter that an answer names, or that of the choice whose words it is; None where it names none of them."""
-    letters, text = ascii_uppercase[: len(choices)], answer.strip()
-    if (found := _LETTER.fullmatch(text)) and found[1] in letters:
-        return found[1]
-    if named := set(_SENTENCE.findall(text)):
-        return named.pop() if len(named) == 1 and named <= set(letters) else None
-    same = [letter for letter, choice in zip(letters, choices, strict=True) if _plain(choice) == _plain(text)]
-    if len(same) == 1:
-        return same[0]
-    found = _BARE.fullmatch(text)
-    if found is None or found["letter"].upper() not in letters or _DOUBT.match(found["rest"] or ""):
-        return None
-    # "Answer: A dog" is A, "Answer: a dog" isn't
-    if _ARTICLE.match(text, found.start("letter")) and not (found["named"] and found["letter"] == "A"):
-        return None
-    return found["letter"].upper()
-
-
-def _plain(text: str) -> str:
-    return text.strip().rstrip(".").casefold()

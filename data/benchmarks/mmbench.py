@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from data.benchmarks.base import Answers, Benchmark, Item
-from data.benchmarks.choice import ScienceQA, read_letter
+from data.benchmarks.choice import ScienceQA
 from data.benchmarks.files import Files
+from data.benchmarks.letters import read_option
 from data.benchmarks.measures import Measure, mean
 from data.benchmarks.predictions import Predictions, listed, read_predictions, read_text
 from data.benchmarks.scores import Scores
@@ -31,8 +32,9 @@ class MMBench(Benchmark):
     """A table with the columns index, question, hint, A, B ..., answer, category, l2-category and image.
 
     Predictions: rows {"index", "prediction"}, LLaVA's {"question_id", "text"}, or a table with these columns. A letter
-    is read from each as from ScienceQA's. `accuracy` is that of rows; where the file has circles, `circular` is that
-    of questions, of which every row must be right, and so are the categories, as VLMEvalKit reports them.
+    is read from each as VLMEvalKit reads it before it asks a language model (`read_option`). `accuracy` is that of
+    rows; where the file has circles, `circular` is that of questions, of which every row must be right, and so are the
+    categories, as VLMEvalKit reports them.
     """
 
     task = "mmbench"
@@ -80,7 +82,7 @@ class MMBench(Benchmark):
         return tuple(item.details.options)
 
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
-        read = [_letter(answers[item.id] or "", item.details.options) for item in items]
+        read = [read_option(answers[item.id] or "", item.details.options) for item in items]
         right = np.array([letter == item.references[0] for letter, item in zip(read, items, strict=True)], float)
         unparsed = [
             {"id": item.id, "answer": answers[item.id]}
@@ -209,13 +211,6 @@ def make_item(row: Mapping[str, Any], image: ImageRef | None) -> Item:
 def circle_of(item: Item) -> int:
     """The same for rows that ask one question about one picture."""
     return int(item.id) % CIRCLE
-
-
-def _letter(answer: str, options: Mapping[str, str]) -> str | None:
-    """Letters without an option, between others, are none."""
-    letters = ascii_uppercase[: ascii_uppercase.index(max(options)) + 1]
-    found = read_letter(answer, [options.get(letter, "\0") for letter in letters])
-    return found if found in options else None
 
 
 def _picture(row: Mapping[str, Any]) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from data.benchmarks.choice import ScienceQA, read_letter
+from data.benchmarks.choice import ScienceQA
 from data.benchmarks.files import check_pictures
+from data.benchmarks.letters import read_letter
 from tests.data.benchmarks.files import picture, score, write, write_lines
 from vlm import UserError
 
