@@ -40,7 +40,7 @@ class Benchmark(ABC):
     modes: ClassVar[tuple[str, ...]] = ("official",)
     submission_name: ClassVar[str] = "predictions.json"
     running: ClassVar[str] = "accuracy"  # the metric to be shown while answers come in; "": none can be
-    id_keys: ClassVar[tuple[str, ...]] = ("question_id",)
+    id_keys: ClassVar[tuple[str, ...]] = ("question_id", "id")  # `id` as in the answers.jsonl of an evaluation
     text_keys: ClassVar[tuple[str, ...]] = ("answer", "text")  # LLaVA's raw answers call them text
     prompt_notes: ClassVar[Mapping[str, Any]] = {}  # among the notes of a score of answers to `prompt`
     ordered: ClassVar[bool] = False  # predictions may be without ids, in the order of the questions

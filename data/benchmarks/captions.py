@@ -35,7 +35,7 @@ class Captions(Benchmark):
     prompt = "Provide a one-sentence caption for the provided image."
     max_tokens = 64
     running = ""
-    id_keys = ("image_id", "question_id", "image")
+    id_keys = ("image_id", "question_id", "image", "id")
     text_keys = ("caption", "text", "answer")
 
     def __init__(self, tokenizer: Tokenizer = "ptb") -> None:

@@ -19,14 +19,15 @@ from vlm.errors import UserError
 class ScienceQA(Benchmark):
     """problems.json {id: {"question", "choices", "answer", "hint", "image", "split"}}, pictures as SPLIT/ID/image.png.
 
-    Predictions: JSON lines {"question_id", "text"}, or {"outputs": {id: text}}. A letter is read from each answer;
-    answers without one are wrong, and listed.
+    Predictions: JSON lines {"question_id", "text"}, or what the scripts of LLaVA and ScienceQA write: {"outputs":
+    {id: text}}, {"results": {id: number of the choice}}, {"correct": [{"question_id", "pred"}], "incorrect"}. A letter
+    is read from each answer; answers without one are wrong, and listed.
     """
 
     task = "scienceqa"
     prompt = "{question}\nAnswer with the option's letter from the given choices directly."
     max_tokens = 16
-    text_keys = ("answer", "text", "prediction")
+    text_keys = ("answer", "text", "prediction", "pred")
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
         files = Files(data, None, "https://github.com/lupantech/ScienceQA (data/scienceqa)")
@@ -61,14 +62,23 @@ class ScienceQA(Benchmark):
             whole = json.loads(text, object_pairs_hook=_Object)
         except (ValueError, RecursionError):  # JSON lines
             whole = None
-        if not isinstance(whole, dict) or not isinstance(whole.get("outputs"), dict):
+        if not isinstance(whole, dict):
             return read_predictions(path, self.id_keys, self.text_keys)
-        found = Predictions(path, repeated=whole["outputs"].repeated)
-        for name, answer in whole["outputs"].items():
-            if isinstance(answer, str):
-                found.answers[name] = answer
+        if all(isinstance(whole.get(name), list) for name in ("correct", "incorrect")):
+            rows = [(f"{name}[{at}]", row) for name in ("correct", "incorrect") for at, row in enumerate(whole[name])]
+            return read_predictions(path, self.id_keys, ("pred",), rows=rows)
+        # the texts, where a file has both
+        given = next((name for name in ("outputs", "results") if isinstance(whole.get(name), dict)), None)
+        if given is None:
+            return read_predictions(path, self.id_keys, self.text_keys)
+        found = Predictions(path, repeated=whole[given].repeated)
+        for name, answer in whole[given].items():
+            said = _numbered(answer) if given == "results" else answer
+            if isinstance(said, str):
+                found.answers[name] = said
             else:
-                found.broken.append(f"outputs[{name}]: text is needed, not {repr(answer)[:40]}")
+                needed = "the number of a choice" if given == "results" else "text"
+                found.broken.append(f"{given}[{name}]: {needed} is needed, not {repr(answer)[:40]}")
         return found
 
     def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
@@ -86,6 +96,13 @@ class ScienceQA(Benchmark):
             if letter is None and answers[item.id] is not None
         ]
         return averaged(self.task, mode, items, right, unparsed=len(unparsed), unparsed_answers=unparsed)
+
+
+def _numbered(choice: Any) -> str | None:
+    """The letter of a choice by its number from 0; -1 stands for an answer that no letter was read from."""
+    if not isinstance(choice, int) or isinstance(choice, bool) or not -1 <= choice < len(ascii_uppercase):
+        return None
+    return ascii_uppercase[choice] if choice >= 0 else ""
 
 
 class _Object(dict[str, Any]):

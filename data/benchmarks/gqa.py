@@ -41,7 +41,7 @@ class GQA(Benchmark):
     task = "gqa"
     prompt = SHORT_ANSWER
     max_tokens = 16
-    id_keys = ("questionId", "question_id")
+    id_keys = ("questionId", "question_id", "id")
     text_keys = ("prediction", "answer", "text")
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:

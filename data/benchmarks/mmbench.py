@@ -41,7 +41,7 @@ class MMBench(Benchmark):
     prompt = ScienceQA.prompt
     max_tokens = ScienceQA.max_tokens
     submission_name = "predictions.tsv"
-    id_keys = ("index", "question_id")
+    id_keys = ("index", "question_id", "id")
     text_keys = ("prediction", "text", "answer")
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:

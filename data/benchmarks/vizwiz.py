@@ -27,7 +27,7 @@ class VizWiz(VQA):
         "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
         "Answer the question using a single word or phrase."
     )
-    id_keys = ("image", "question_id")
+    id_keys = ("image", "question_id", "id")
     folders = ("val", "test", "train")
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
