@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,13 @@ def score_both(
     benchmark: Benchmark, ours: Path, theirs: Path, references: Path, mode: str, allow_partial: bool
 ) -> tuple[Scores, Scores]:
     """Scores of two files of predictions over the questions that both answer."""
-    items, answers, left_out = benchmark.matched(ours, references, allow_partial)
-    _, others, other_left_out = benchmark.matched(theirs, references, allow_partial)
-    both = [item for item in items if item.id in others]
+    mine = benchmark.matched(ours, references, allow_partial)
+    others = benchmark.matched(theirs, references, allow_partial)
+    both = [item for item in mine.items if item.id in others.answers]
     if not both:
         raise UserError(f"{ours} and {theirs}: no question that both answer")
-    scores = benchmark.score_given(both, answers, mode, left_out)
-    other = benchmark.score_given(both, others, mode, other_left_out)
+    scores = benchmark.score_given(replace(mine, items=both), mode)
+    other = benchmark.score_given(replace(others, items=both), mode)
     if "left_out" in other.notes:
         scores.notes["left_out_of_other"] = other.notes["left_out"]
     return scores, other

@@ -31,6 +31,16 @@ class Item:
     details: Any = None
 
 
+@dataclass(frozen=True)
+class Matched:
+    """Questions that have a prediction, and these; numbers: what a file of predictions holds besides for some."""
+
+    items: list[Item]
+    answers: dict[str, str]
+    left_out: LeftOut
+    numbers: Mapping[str, float]
+
+
 class Benchmark(ABC):
     """A task by its name on the command line. `prompt` and `max_tokens` are those that LLaVA-1.5 was published with."""
 
@@ -106,9 +116,7 @@ class Benchmark(ABC):
         """Predictions under the items' ids, where people's files name the questions otherwise."""
         return given
 
-    def matched(
-        self, predictions: Path, references: Path, allow_partial: bool = False
-    ) -> tuple[list[Item], dict[str, str], LeftOut]:
+    def matched(self, predictions: Path, references: Path, allow_partial: bool = False) -> Matched:
         """The scored questions that have a prediction, and these; UserError for whatever doesn't fit (`match`)."""
         with collector_paused():
             items, given = self.references(references), self.predictions(predictions)
@@ -120,22 +128,21 @@ class Benchmark(ABC):
         if not items:
             raise UserError(f"{references}: {len(unscored)} questions, none of which is scored")
         answers, left_out = match(given, [item.id for item in items], references, allow_partial, unscored)
-        return [item for item in items if item.id in answers], answers, left_out
+        return Matched([item for item in items if item.id in answers], answers, left_out, given.numbers)
 
     def score_files(
         self, predictions: Path, references: Path, mode: str = "official", allow_partial: bool = False
     ) -> Scores:
         self.check_mode(mode)
-        items, answers, left_out = self.matched(predictions, references, allow_partial)
-        return self.score_given(items, answers, mode, left_out)
+        return self.score_given(self.matched(predictions, references, allow_partial), mode)
 
-    def score_given(self, items: Sequence[Item], answers: Answers, mode: str, left_out: LeftOut) -> Scores:
+    def score_given(self, given: Matched, mode: str) -> Scores:
         """Scores of answers from a file, of whose prompt nothing is known."""
-        scores = self.score(items, answers, mode)
+        scores = self.score(given.items, given.answers, mode)
         for name in self.prompt_notes:
             scores.notes.pop(name)
-        scores.notes.update(left_out.as_notes())
-        return replace(scores, other=self.other_score(items, answers, scores))
+        scores.notes.update(given.left_out.as_notes())
+        return replace(scores, other=self.other_score(given.items, given.answers, scores))
 
 
 @contextmanager

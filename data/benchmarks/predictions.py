@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,13 +25,15 @@ INVALID = _Invalid()
 @dataclass
 class Predictions:
     """answers: id -> text; broken: what is wrong with rows that can't be used; repeated: ids after their first row;
-    ordered: rows have no ids and are in the order of the questions, row numbers stand for ids."""
+    ordered: rows have no ids and are in the order of the questions, row numbers stand for ids; numbers: id -> what
+    a row holds besides, where it was asked for."""
 
     path: Path
     answers: dict[str, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     ordered: bool = False
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ def read_predictions(
     texts: Sequence[str],
     ordered: bool = False,
     rows: Iterable[tuple[str, Any]] | None = None,
+    beside: str | None = None,
 ) -> Predictions:
     """Rows of a JSON array or of JSON lines; the first of the keys `ids` and `texts` that a row has is taken.
 
     ordered: predictions may be in the order of the questions instead, which they are where the first row has no id.
-    rows: where each is and itself, of a file that is no JSON.
+    rows: where each is and itself, of a file that is no JSON. beside: a key under which rows may have a number.
     """
     found = Predictions(path, ordered=ordered)
     undecided = ordered
@@ -79,10 +83,14 @@ def read_predictions(
             found.broken.append(f"{where}: {ids[0]} is a number or text, not {_shown(given)}")
         elif not _is_text(text):
             found.broken.append(f"{where}: {texts[0]} is text, not {_shown(text)}")
+        elif beside in row and not _is_number(row[beside]):
+            found.broken.append(f"{where}: {beside} is a number, not {_shown(row[beside])}")
         elif name in found.answers:
             found.repeated.append(name)
         else:
             found.answers[name] = text
+            if beside in row:
+                found.numbers[name] = float(row[beside])
     return found
 
 
@@ -103,6 +111,8 @@ def rename(given: Predictions, ids: Collection[str], other: Callable[[str], str 
             found.repeated.append(known)
         else:
             found.answers[known] = text
+            if name in given.numbers:
+                found.numbers[known] = given.numbers[name]
     return found
 
 
@@ -208,6 +218,10 @@ def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
 def _is_text(value: Any) -> TypeGuard[str]:
     """Not half a surrogate pair either, which JSON can name but nothing can write."""
     return isinstance(value, str) and (value.isascii() or not _SURROGATES.search(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and isfinite(value)
 
 
 def _shown(value: Any) -> str:

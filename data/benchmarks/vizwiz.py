@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from data.benchmarks.base import Item
+from data.benchmarks.base import Item, Matched
 from data.benchmarks.files import Files, holds_object, read_array
-from data.benchmarks.predictions import Predictions, number_in_name, rename
+from data.benchmarks.measures import Array, AveragePrecision, Measure, share
+from data.benchmarks.predictions import Predictions, number_in_name, read_predictions, rename
+from data.benchmarks.scores import Scores
 from data.benchmarks.vqa import VQA, Answer, agreement, normalised, texts_of
 from data.benchmarks.vqa_text import clean, process
 
@@ -19,7 +23,8 @@ class VizWiz(VQA):
 
     official: VizWiz's own program, which always normalises the prediction, never the annotators' answers, and leaves
     one annotator out by position; normalised: normalises those, too. The published program's contractions have
-    typographic apostrophes, so that most can match nothing; VQA's are used. Submissions are as LLaVA's.
+    typographic apostrophes, so that most can match nothing; VQA's are used. Submissions are as LLaVA's. Where
+    predictions hold `answerable`, 0 to 1, average precision and F1 of the unanswerable questions are scored, too.
     """
 
     task = "vizwiz"
@@ -61,6 +66,22 @@ class VizWiz(VQA):
     def accuracy(self, mode: str) -> Callable[[str, Item], float]:
         return official if mode == "official" else normalised
 
+    def predictions(self, path: Path) -> Predictions:
+        return read_predictions(path, self.id_keys, self.text_keys, beside="answerable")
+
+    def score_given(self, given: Matched, mode: str) -> Scores:
+        scores = super().score_given(given, mode)
+        said = [given.numbers.get(item.id) for item in given.items]
+        if all(number is None for number in said):
+            return scores
+        known = [item.details if isinstance(item.details, int) else None for item in given.items]
+        for what, values in (("predictions", said), ("references", known)):
+            if without := sum(value is None for value in values):
+                why = f"{without} of {len(values)} {what} hold no `answerable`"
+                return replace(scores, notes={**scores.notes, "skipped": {"unanswerable": why}})
+        measures = unanswerable(np.array(said, np.float64), np.array(known, np.float64))
+        return replace(scores, measures=scores.measures | measures)
+
     def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         keys = (("question_id", int(i)) if i.isdecimal() else ("image", i) for i in answers)
         rows = [
@@ -74,6 +95,7 @@ class PhotoReference(msgspec.Struct):
     image: str
     answers: list[Answer]
     answer_type: str | None = None
+    answerable: int | None = None
 
 
 class Photo(msgspec.Struct):
@@ -81,6 +103,7 @@ class Photo(msgspec.Struct):
     question: str
     answers: list[Answer] = []  # none in the test split
     answer_type: str | None = None
+    answerable: int | None = None
 
 
 class Named(msgspec.Struct):
@@ -91,10 +114,26 @@ class Named(msgspec.Struct):
 def _photo(row: Photo | PhotoReference, question: str, image: Any) -> Item:
     texts = texts_of(row.answers) if row.answers or isinstance(row, PhotoReference) else ()
     groups = () if row.answer_type is None else (f"accuracy/{row.answer_type}",)
-    return Item(row.image, question, texts, image, groups)
+    return Item(row.image, question, texts, image, groups, row.answerable)
 
 
 def official(answer: str, item: Item) -> float:
     """VizWiz's accuracy of one question, 0 to 1."""
     mine = process(clean(answer))
     return agreement(tuple(text == mine for text in item.references))
+
+
+def unanswerable(said: Array, known: Array) -> dict[str, Measure]:
+    """said: how answerable a prediction takes each question to be, 0 to 1; known: 1 or 0. [n]"""
+    unsaid, wanted = 1 - said, 1 - known
+    found = unsaid > 0.5
+    # [n, 3]: true and false positives, false negatives
+    table = np.column_stack([found * wanted, found * known, ~found * wanted])
+
+    def f1(sums: Array) -> Array:
+        return 100 * share(2 * sums[..., 0], 2 * sums[..., 0] + sums[..., 1] + sums[..., 2])
+
+    return {
+        "unanswerable/average_precision": AveragePrecision(np.column_stack([unsaid, wanted]), scale=100),
+        "unanswerable/f1": Measure(table, f1),
+    }

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.benchmarks.base import Answers, Benchmark, Item, as_number
 from data.benchmarks.files import Files, image_sets
-from data.benchmarks.measures import Array, Measure, mean
+from data.benchmarks.measures import Array, Measure, mean, share
 from data.benchmarks.predictions import as_id, json_rows, listed
 from data.benchmarks.scores import Scores
 from data.formats import SHORT_ANSWER
@@ -61,13 +61,13 @@ class POPE(Benchmark):
         statistics = table.astype(np.float64)
 
         def precision(sums: Array) -> Array:
-            return _share(sums[..., 0], sums[..., 0] + sums[..., 1])
+            return share(sums[..., 0], sums[..., 0] + sums[..., 1])
 
         def recall(sums: Array) -> Array:
-            return _share(sums[..., 0], sums[..., 0] + sums[..., 2])
+            return share(sums[..., 0], sums[..., 0] + sums[..., 2])
 
         def f1(sums: Array) -> Array:
-            return _share(2 * sums[..., 0], 2 * sums[..., 0] + sums[..., 1] + sums[..., 2])
+            return share(2 * sums[..., 0], 2 * sums[..., 0] + sums[..., 1] + sums[..., 2])
 
         right = (yes == truth).astype(np.float64)
         measures = {
@@ -99,8 +99,3 @@ class POPE(Benchmark):
 def says_yes(answer: str) -> bool:
     """As the official script reads it: of the first sentence, without commas, a word that is No, not or no."""
     return NEGATIVE.isdisjoint(answer.split(".")[0].replace(",", "").split(" "))
-
-
-def _share(part: Array, whole: Array) -> Array:
-    result: Array = part / np.where(whole > 0, whole, 1)
-    return result

@@ -83,9 +83,9 @@ def score_vqa(annotations: str, predictions: str) -> Figures:
     """Both sides from what they have read to a score for each question and each type."""
     from data.benchmarks.vqa import VQA
 
-    items, answers, _ = VQA().matched(Path(predictions), Path(annotations))
+    given = VQA().matched(Path(predictions), Path(annotations))
     began = time.perf_counter()
-    scores = VQA().score(items, answers)
+    scores = VQA().score(given.items, given.answers)
     metrics = scores.metrics
     ours = time.perf_counter() - began
     script = read_official(annotations, predictions)

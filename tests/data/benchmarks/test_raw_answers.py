@@ -78,14 +78,14 @@ def test_captions_may_name_the_file_of_their_picture(tmp_path: Path, name: str, 
     if listed:
         held["images"] = [{"id": n, "file_name": f"COCO_val2014_{n:012}.jpg"} for n in (42, 7)]
     path = write_lines(tmp_path / "said.jsonl", [{key: name, "text": "a dog 42"}, {"image_id": 7, "caption": "x"}])
-    _, answers, _ = Captions().matched(path, write(tmp_path / "captions.json", held))
-    assert answers == {"42": "a dog 42", "7": "x"}
+    given = Captions().matched(path, write(tmp_path / "captions.json", held))
+    assert given.answers == {"42": "a dog 42", "7": "x"}
 
 
 def test_files_that_no_number_names_are_found_in_the_annotations(tmp_path: Path) -> None:
     held = {"annotations": [{"image_id": 5, "caption": "a dog"}], "images": [{"id": 5, "file_name": "dog.jpg"}]}
     path = write_lines(tmp_path / "said.jsonl", [{"image": "dog.jpg", "caption": "a dog"}])
-    assert Captions().matched(path, write(tmp_path / "captions.json", held))[1] == {"5": "a dog"}
+    assert Captions().matched(path, write(tmp_path / "captions.json", held)).answers == {"5": "a dog"}
 
 
 PROBLEMS = {str(n): choice(n % 3, split="test") for n in range(4)}

@@ -5,12 +5,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.benchmarks.files import check_pictures
-from data.benchmarks.vizwiz import VizWiz
+from data.benchmarks.vizwiz import VizWiz, unanswerable
 from data.benchmarks.vqa import VQA
-from tests.data.benchmarks.files import picture, write, write_lines
+from tests.data.benchmarks.files import picture, score, write, write_lines
 from tests.data.benchmarks.official_vqa import Script
 from tests.data.benchmarks.test_vqa_official import text
 from vlm import UserError
@@ -158,3 +161,71 @@ def test_a_submission_reads_back(tmp_path: Path) -> None:
     path.write_text(VizWiz().submission([], answers), encoding="utf-8")
     assert VizWiz().predictions(path).answers == {"V_1.jpg": "red", "V_2.jpg": "\u00fc"}
     assert set(json.loads(path.read_text())[1]) == {"image", "answer"}
+
+
+def precision_by_thresholds(said: list[float], known: list[int]) -> tuple[float, float]:
+    """Average precision and F1 of the unanswerable, 0 to 100: recall grows threshold by threshold, and each step counts
+    with the precision there."""
+    truth = [1 - one for one in known]
+    scores = [1 - one for one in said]
+    total, recall_before = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        taken = [wanted for score, wanted in zip(scores, truth, strict=True) if score >= threshold]
+        recall = sum(taken) / sum(truth)
+        total += (recall - recall_before) * sum(taken) / len(taken)
+        recall_before = recall
+    found = [score > 0.5 for score in scores]
+    hits = sum(one and wanted for one, wanted in zip(found, truth, strict=True))
+    return 100 * total, 100 * 2 * hits / max(sum(found) + sum(truth), 1)
+
+
+@given(
+    rows=st.lists(st.tuples(st.sampled_from([0, 0.2, 0.5, 0.7, 1]), st.sampled_from([0, 1])), min_size=1, max_size=12),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_unanswerable_are_ranked_as_by_thresholds(rows: list[tuple[float, int]]) -> None:
+    said, known = [row[0] for row in rows], [row[1] for row in rows]
+    measures = unanswerable(np.array(said, float), np.array(known, float))
+    expected = (0, 0) if all(known) else precision_by_thresholds(said, known)
+    assert [float(measure) for measure in measures.values()] == pytest.approx(expected)
+    for measure in measures.values():
+        low, high = measure.interval(50)
+        assert 0 <= low <= high <= 100
+        assert measure.minus(measure).interval(50) == (0, 0)
+
+
+def test_predictions_that_say_what_is_answerable_are_scored_by_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [photo(name, ["red"] * 10, answerable=int(n % 3 > 0)) for n, name in enumerate(NAMES)]
+    references = write(tmp_path / "val.json", rows)
+    sure = [n / 12 for n in range(12)]
+    said: list[dict[str, Any]] = [{"image": name, "answer": "red"} for name in NAMES]
+    assert "unanswerable/f1" not in VizWiz().score_files(write(tmp_path / "said.json", said), references).metrics
+    for one, number in zip(said, sure, strict=True):
+        one["answerable"] = number
+    path = write(tmp_path / "said.json", said)
+    scores = VizWiz().score_files(path, references)
+    names = ["unanswerable/average_precision", "unanswerable/f1"]
+    expected = precision_by_thresholds(sure, [int(n % 3 > 0) for n in range(12)])
+    assert [scores.metrics[name] for name in names] == pytest.approx(expected)
+    _, out, _ = score(capsys, "vizwiz", path, references, "--against", path, "--json", "--bootstrap", 20)
+    told = json.loads(out)
+    assert told["against"]["metrics"][names[0]]["interval"] == [0, 0]
+    assert told["intervals"][names[0]][0] < expected[0] < told["intervals"][names[0]][1]
+    # predictions by number find theirs, too; those of some only are not scored by it, and that is said
+    numbered = [{"question_id": n, **one} for n, one in enumerate(said)]
+    for one in numbered:
+        del one["image"]
+    scores = VizWiz().score_files(write(tmp_path / "said.json", numbered), references)
+    assert [scores.metrics[name] for name in names] == pytest.approx(expected)
+    del numbered[0]["answerable"]
+    _, out, err = score(capsys, "vizwiz", write(tmp_path / "said.json", numbered), references, "--json")
+    assert not set(names) & set(json.loads(out)["metrics"])
+    assert "unanswerable is left out: 1 of 12 predictions hold no `answerable`" in err
+    write(tmp_path / "said.json", [*said[1:], {**said[0], "answerable": "yes"}])
+    with pytest.raises(UserError, match=r"\[11\]: answerable is a number, not 'yes'"):
+        VizWiz().score_files(tmp_path / "said.json", references)
+    in_form = write(tmp_path / "vqa.json", in_vqas_form(NAMES))
+    scores = VizWiz().score_files(write(tmp_path / "said.json", said), in_form)
+    assert scores.notes["skipped"] == {"unanswerable": "12 of 12 references hold no `answerable`"}
