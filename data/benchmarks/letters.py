@@ -84,8 +84,8 @@ def read_option(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def _leading(answer: str) -> str | None:
-    """LLaVA's "B" or "B. anything". What is behind may be empty, so that white space is left where it is at first."""
-    found = _LETTER.fullmatch(answer) or _LETTER.fullmatch(answer.strip())
+    """LLaVA's "B" or "B. anything"."""
+    found = _LETTER.fullmatch(answer.strip())
     return found[1] if found else None
 
 

@@ -89,6 +89,7 @@ def test_questions_without_their_picture_may_fail_alone(data: Path, capsys: pyte
     assert "1 questions failed and are scored as wrong; the first: " in capsys.readouterr().out
     found = read(out)
     assert (found["n"], found["failed"], found["metrics"]["accuracy"]) == (4, 1, 0.75)
+    assert found["pictures_shown"] == 3
     assert found["failures"] == [{"id": "gone", "error": f"{data}:4: image 'gone.png' is not in {data.parent}"}]
     for part in "12":
         assert ask(data, data.parent / part, "--shard", f"{part}/2", "--allow-partial") == 0
@@ -104,7 +105,7 @@ def test_a_picture_that_is_there_now_is_asked_about_again_and_no_other(
     assert ask(data, out, "--allow-partial") == 0
     Image.new("RGB", (16, 16), "white").save(picture)
     assert ask(data, out) == 0
-    assert read(out)["failed"] == 1
+    assert (read(out)["failed"], read(out)["pictures_shown"]) == (1, 3)  # it's there, and was not at that time
     looker.asked.clear()
     for part in range(1, shards + 1):
         assert ask(data, out, "--retry-failed", "--shard", f"{part}/{shards}") == 0
@@ -130,6 +131,7 @@ def test_a_blind_question_is_asked_again_with_its_picture_too(data: Path, looker
     assert ask(data, out, "--control", "blind", "--retry-failed") == 0
     assert looker.asked == ["gone"]
     assert read(out)["failed"] == 0
+    assert read(out)["pictures_shown"] == 0
 
 
 def test_a_page_that_cannot_be_written_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

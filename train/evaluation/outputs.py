@@ -62,8 +62,9 @@ class Evaluation:
 
     @property
     def pictures_shown(self) -> int:
-        """How many questions were asked with a picture."""
-        return sum(self.images[reply.id] is not None for reply in self.replies.values() if reply.error is None)
+        """How many questions were asked with a picture of their own or, under the shuffled control, another's."""
+        asked = (reply for reply in self.replies.values() if reply.error is None and reply.pictures)
+        return sum(self.images[reply.id] is not None for reply in asked)  # demonstrations may have pictures, too
 
     @property
     def seconds(self) -> float:
