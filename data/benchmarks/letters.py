@@ -118,7 +118,7 @@ def _read_text(answer: str, options: Mapping[str, str]) -> str | None:
         return None
     start = text.index(options[held[0]].lower())
     end = start + len(options[held[0]])
-    return None if _is_denied(answer, start, end) else held[0]
+    return None if _is_denied(text, start, end) else held[0]
 
 
 def _is_meant(answer: str, letter: str) -> bool:

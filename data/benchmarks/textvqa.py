@@ -12,7 +12,7 @@ from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.files import Files, array_name, read_array
 from data.benchmarks.predictions import Predictions, as_id, json_rows, read_predictions, rename
 from data.benchmarks.scores import Scores
-from data.benchmarks.vqa import Answer, agreement
+from data.benchmarks.vqa import VQA, agreement
 from data.benchmarks.vqa_text import evalai
 from data.formats import SHORT_ANSWER
 
@@ -23,7 +23,7 @@ class TextVQA(Benchmark):
     """{"data": [{"question_id", "image_id", "question", "answers"}]}; predictions [{"question_id", "answer"}].
 
     The mean over annotators of min(agreeing others / 3, 1), answers as the challenge's server processes them (M4C's
-    EvalAI processor). OCR tokens are not in the prompt. References may be VQA's annotations file, too.
+    EvalAI processor). OCR tokens are not in the prompt. Files may be in VQA's form, too.
     """
 
     task = "textvqa"
@@ -32,6 +32,8 @@ class TextVQA(Benchmark):
     prompt_notes = {"ocr_tokens_in_prompt": False}
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
+        if data.is_file() and array_name(data, "data", "questions") == "questions":
+            return _InVQAsForm().items(data, images, split)
         files = Files(data, split, "https://textvqa.org/dataset (0.5.1)")
         path = files.find("textvqa*.json", f"TextVQA_0.5.1_{split or 'val'}.json")
         files.check()
@@ -44,11 +46,11 @@ class TextVQA(Benchmark):
         return read_array(path, "data", TextQuestion, ask)
 
     def references(self, path: Path) -> list[Item]:
-        def told(_: int, row: TextReference) -> Item:
-            texts = tuple(one if isinstance(one, str) else one.answer for one in row.answers)
-            return Item(str(row.question_id), "", texts)
-
-        return read_array(path, array_name(path, "data", "annotations"), TextReference, told)
+        if array_name(path, "data", "annotations") == "annotations":
+            return _InVQAsForm().references(path)
+        return read_array(
+            path, "data", TextReference, lambda _, row: Item(str(row.question_id), "", tuple(row.answers))
+        )
 
     def predictions(self, path: Path) -> Predictions:
         return read_predictions(path, self.id_keys, self.text_keys, rows=_told_apart(path))
@@ -67,9 +69,15 @@ class TextVQA(Benchmark):
         return averaged(self.task, mode, items, values, 100, **self.prompt_notes)
 
 
+class _InVQAsForm(VQA):
+    """TextVQA's questions and annotations as OpenFlamingo publishes them."""
+
+    folders = ("train_images", "test_images")
+
+
 class TextReference(msgspec.Struct):
     question_id: int | str
-    answers: list[str | Answer]
+    answers: list[str]
 
     def __post_init__(self) -> None:
         if not self.answers:

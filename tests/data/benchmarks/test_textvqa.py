@@ -135,3 +135,9 @@ def test_annotations_in_vqas_form_are_scored_by_textvqas_rules(tmp_path: Path) -
     references = write(tmp_path / "val_annotations_vqa_format.json", {"annotations": [row]})
     said = write(tmp_path / "said.json", [{"question_id": 5, "answer": "JOE'S?"}])
     assert TextVQA().score_files(said, references).per_item == {"5": 100}
+    asked = {"question_id": 5, "image_id": "003a8ae2ef43b901", "question": "whose?"}
+    questions = write(tmp_path / "val_questions_vqa_format.json", {"questions": [asked]})
+    image = picture(tmp_path / "train_images/003a8ae2ef43b901.jpg")
+    (item,) = TextVQA().items(questions, None)
+    assert (item.id, item.question, item.image) == ("5", "whose?", image)
+    assert TextVQA().score([item], {"5": "joe's"}).metrics == {"accuracy": 100, "question_type/what": 100}

@@ -51,8 +51,12 @@ def test_equal_answers_without_ids_exclude_one_another_in_the_official_mode(tmp_
         del answer["answer_id"]
     # "the other nine" are those that differ as a whole: of four equal reds none is left to agree with a red
     official = (4 * 0 + 6 * 1) / 10 * 100
-    assert score(tmp_path, [row], [predicted(1, "red")]).per_item["1"] == pytest.approx(official)
-    assert score(tmp_path, [row], [predicted(1, "red")], "normalised").per_item["1"] == pytest.approx(100)
+    rows = [row, annotation(2, ["red"] * 10)]
+    scores = score(tmp_path, rows, [predicted(1, "red"), predicted(2, "red")])
+    assert scores.per_item == {"1": pytest.approx(official), "2": 100}
+    assert scores.notes == {"annotators_without_ids": 1}
+    scores = score(tmp_path, rows, [predicted(1, "red"), predicted(2, "red")], "normalised")
+    assert (scores.per_item, scores.notes) == ({"1": 100, "2": 100}, {})
 
 
 @given(answers=st.lists(st.sampled_from(["red", "Red", "a red", "blue", "2", "two"]), min_size=10, max_size=10))
