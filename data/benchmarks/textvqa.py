@@ -1,22 +1,18 @@
 """TextVQA: questions about text in pictures (Singh et al. 2019), ten answers each."""
 
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from data.benchmarks.base import Answers, Benchmark, Item, averaged
 from data.benchmarks.files import Files, array_name, read_array
-from data.benchmarks.predictions import Predictions, as_id, json_rows, read_predictions, rename
+from data.benchmarks.llava import Names, apart, told_apart
+from data.benchmarks.predictions import Predictions, read_predictions, rename
 from data.benchmarks.scores import Scores
 from data.benchmarks.vqa import VQA, agreement
 from data.benchmarks.vqa_text import evalai
 from data.formats import SHORT_ANSWER
-
-_OCR_FIRST = re.compile(r"OCR tokens: .*?Question: (.*?) Short answer:", re.DOTALL)
 
 
 class TextVQA(Benchmark):
@@ -53,16 +49,16 @@ class TextVQA(Benchmark):
         )
 
     def predictions(self, path: Path) -> Predictions:
-        return read_predictions(path, self.id_keys, self.text_keys, rows=_told_apart(path))
+        return read_predictions(path, self.id_keys, self.text_keys, rows=told_apart(path))
 
     def renamed(self, given: Predictions, items: Sequence[Item], references: Path) -> Predictions:
         """LLaVA's answers name the picture, of which there are several questions, and hold the prompt."""
         if not any("\n" in name for name in given.answers):
             return given
         rows = read_array(references, array_name(references, "data", "annotations"), Asked, lambda _, row: row)
-        name = _Names()
+        name = Names()
         known = {name(row.image_id, row.question): str(row.question_id) for row in rows}
-        return rename(given, {item.id for item in items}, lambda said: known.get(said) or said.partition("\n")[0])
+        return rename(given, {item.id for item in items}, lambda said: known.get(said) or apart(said)[0])
 
     def score(self, items: Sequence[Item], answers: Answers, mode: str = "official") -> Scores:
         values = [_text_accuracy(answers[item.id], item) for item in items]
@@ -95,36 +91,6 @@ class Asked(msgspec.Struct):
     question_id: int | str
     image_id: int | str = ""
     question: str = ""
-
-
-def _told_apart(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a file of predictions; what LLaVA's hold is called by the picture and the question in the prompt."""
-    name = _Names()
-    for where, row in json_rows(path):
-        if isinstance(row, dict) and isinstance(prompt := row.get("prompt"), str):
-            image = as_id(row.get("question_id"))
-            row = row if image is None else {**row, "question_id": name(image, _asked(prompt))}
-        yield where, row
-
-
-class _Names:
-    """What a question is called by its picture and its words; one that is asked again has another name each time."""
-
-    def __init__(self) -> None:
-        self._seen = Counter[str]()
-
-    def __call__(self, image: int | str, question: str) -> str:
-        name = f"{image}\n{question.strip().lower()}"
-        self._seen[name] += 1
-        return name if self._seen[name] == 1 else f"{name}\n{self._seen[name]}"
-
-
-def _asked(prompt: str) -> str:
-    """The question in one of LLaVA's prompts: alone or with OCR tokens before or behind it."""
-    if found := _OCR_FIRST.match(prompt):
-        return found[1]
-    lines = [line for line in prompt.split("\n") if not line.startswith("Reference OCR token:")]
-    return lines[0] if lines else ""
 
 
 def _text_accuracy(answer: str | None, item: Item) -> float:

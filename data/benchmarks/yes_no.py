@@ -8,8 +8,9 @@ import numpy as np
 
 from data.benchmarks.base import Answers, Benchmark, Item, as_number
 from data.benchmarks.files import Files, image_sets
+from data.benchmarks.llava import apart, told_apart
 from data.benchmarks.measures import Array, Measure, mean, share
-from data.benchmarks.predictions import as_id, json_rows, listed
+from data.benchmarks.predictions import Predictions, as_id, json_rows, listed, read_predictions, rename
 from data.benchmarks.scores import Scores
 from data.formats import SHORT_ANSWER
 from vlm.errors import UserError
@@ -40,6 +41,26 @@ class POPE(Benchmark):
 
     def references(self, path: Path) -> list[Item]:
         return [Item(name, "", (label,)) for name, _, label, _ in self._rows(path, asked=False)]
+
+    def predictions(self, path: Path) -> Predictions:
+        return read_predictions(path, self.id_keys, self.text_keys, self.ordered, told_apart(path))
+
+    def renamed(self, given: Predictions, items: Sequence[Item], references: Path) -> Predictions:
+        """LLaVA numbers the questions of all three files in one, and its script takes those of each in their order:
+        where ids don't fit, the place counts at which a file's questions stand in a row among the prompts."""
+        said = [apart(name) for name in given.answers]
+        if given.ordered or not any("\n" in name for name in given.answers):
+            return given
+        names = dict(zip(given.answers, (known for known, _ in said), strict=True))
+        if set(names.values()) != {item.id for item in items}:
+            texts = [text.strip().lower() for _, text, _, _ in self._rows(references, asked=False)]
+            questions = [question for _, question in said]
+            starts = (at for at in range(len(said)) if questions[at : at + len(texts)] == texts)
+            if all(texts) and (start := next(starts, None)) is not None:
+                names = {name: f"{known} of other questions" for name, known in names.items()}
+                own = list(given.answers)[start : start + len(texts)]
+                names |= dict(zip(own, (item.id for item in items), strict=True))
+        return rename(given, (), names.get)
 
     def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
         rows = ({"question_id": as_number(i), "answer": text} for i, text in answers.items())

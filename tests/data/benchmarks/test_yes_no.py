@@ -155,8 +155,44 @@ def test_a_submission_reads_back(tmp_path: Path) -> None:
     path.write_text(POPE().submission([], answers), encoding="utf-8")
     assert POPE().predictions(path).answers == answers
     assert json.loads(path.read_text().splitlines()[0]) == {"question_id": 1, "answer": "yes"}
-    write(path, [{"question_id": 1, "prompt": "?", "text": "yes"}])  # LLaVA's answers call them text
+    write(path, [{"question_id": 1, "text": "yes"}])  # LLaVA's answers call them text
     assert POPE().predictions(path).answers == {"1": "yes"}
+
+
+def llavas_answers(first: int, labels: list[str]) -> list[dict[str, Any]]:
+    suffix = "Answer the question using a single word or phrase."
+    return [
+        {"question_id": first + n, "prompt": f"Is there {n + 1}?\n{suffix}", "text": label.capitalize()}
+        for n, label in enumerate(labels)
+    ]
+
+
+@pytest.mark.parametrize("prompt", ["Is there 1?", "?", ""])
+def test_llavas_answers_are_found_by_their_ids(tmp_path: Path, prompt: str) -> None:
+    """Whatever they were asked, if the ids are those of the file."""
+    references = write_lines(tmp_path / "coco_pope_random.json", rows(["yes", "no"]))
+    said = [{"question_id": n, "prompt": prompt, "text": text} for n, text in ((2, "No"), (1, "Yes"))]
+    assert set(POPE().score_files(write_lines(tmp_path / "a.jsonl", said), references).per_item.values()) == {1}
+
+
+def test_llavas_answers_to_all_three_files_are_found_by_the_questions_in_a_row(tmp_path: Path) -> None:
+    labels = ["yes", "no", "no", "yes"]
+    references = write_lines(tmp_path / "coco_pope_popular.json", rows(labels))
+    zero = write_lines(tmp_path / "a.jsonl", llavas_answers(0, labels))
+    assert set(POPE().score_files(zero, references).per_item.values()) == {1}
+    others = [{"question_id": n, "prompt": f"Is there a cat {n}?", "text": "yes"} for n in range(4)]
+    path = write_lines(tmp_path / "a.jsonl", [*others, *llavas_answers(4, labels)])
+    with pytest.raises(UserError, match=r"4 ids are not in .*popular\.json \(0 of other questions, 1 of other"):
+        POPE().score_files(path, references)
+    scores = POPE().score_files(path, references, allow_partial=True)
+    assert scores.per_item == {"1": 1, "2": 1, "3": 1, "4": 1}
+    assert scores.notes["left_out"] == {"broken": 0, "repeated": 0, "missing": 0, "unknown": 4}
+    # where the questions aren't there in a row, ids are all there is
+    path = write_lines(tmp_path / "a.jsonl", llavas_answers(4, labels)[:3])
+    with pytest.raises(
+        UserError, match=r"3 questions of .* have no prediction \(1, 2, 3\); 2 ids are not in .* \(5, 6"
+    ):
+        POPE().score_files(path, references)
 
 
 @pytest.mark.parametrize(("label", "wrong"), [("yes", "no"), ("no", "yes")])
