@@ -20,7 +20,7 @@ from data.records import IMAGE_SUFFIXES
 from vlm.errors import UserError
 
 # which answers were scored, and by which rule
-BARE = "answers as they were given, by the official script alone"
+BARE = "answers as they were given (raw), by the official script alone"
 SUBMITTED = "answers normalised as LLaVA submits them, by the official script"
 ALWAYS = "answers and references normalised always, one annotator left out by position"
 

@@ -62,12 +62,15 @@ def test_vqav2_is_scored_as_it_is_submitted(vqa: Path, tmp_path: Path, capsys: C
     assert found["per_item"] == {"1": 100, "2": 100, "3": 0}
     assert found["other"]["metrics"]["accuracy"] == pytest.approx(100 / 3)  # two
     assert found["scored"] == "answers normalised as LLaVA submits them, by the official script"
-    assert found["other"]["scored"] == "answers as they were given, by the official script alone"
+    assert found["other"]["scored"] == "answers as they were given (raw), by the official script alone"
     told = capsys.readouterr().out
     assert "scored: answers normalised as LLaVA submits them" in told
-    assert "otherwise: accuracy 33.3333 of answers as they were given, by the official script alone" in told
+    assert "otherwise: accuracy 33.3333 of answers as they were given (raw), by the official script alone" in told
     page = (tmp_path / "out/report.html").read_text()
-    assert "otherwise: accuracy <b>33.3333</b> (blind 33.3333) (shuffled 33.3333) of answers as they were given" in page
+    assert (
+        "otherwise: accuracy <b>33.3333</b> (blind 33.3333) (shuffled 33.3333) of answers as they were given (raw)"
+        in page
+    )
     assert '"submitted": "it \\u0027s dog"' in page
     assert '"answer": "It\\u0027s a dog."' in page
     # what the model said is kept

@@ -98,7 +98,7 @@ def test_score_says_which_it_printed_and_the_other_where_they_differ(
     bare = 100 - capitals / 10
     _, out, _ = score(capsys, "vqav2", *paths, "--bootstrap", 0)
     lines = out.splitlines()
-    assert lines[1] == "scored: answers as they were given, by the official script alone"
+    assert lines[1] == "scored: answers as they were given (raw), by the official script alone"
     assert lines[2].split() == ["accuracy", f"{bare:.4f}"]
     other = "otherwise: accuracy 100.0000 of answers normalised as LLaVA submits them, by the official script"
     assert (other in lines) is told
@@ -106,7 +106,7 @@ def test_score_says_which_it_printed_and_the_other_where_they_differ(
     lines = out.splitlines()
     assert lines[1].startswith("scored: answers and references normalised always, one annotator left out by position")
     assert lines[2].split() == ["accuracy", "100.0000"]
-    other = f"otherwise: accuracy {bare:.4f} of answers as they were given, by the official script alone"
+    other = f"otherwise: accuracy {bare:.4f} of answers as they were given (raw), by the official script alone"
     assert (other in lines) is told
     _, out, _ = score(capsys, "vqav2", *paths, "--json", "--bootstrap", 0)
     found = json.loads(out)
