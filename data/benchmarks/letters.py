@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from string import ascii_uppercase
 
 # what LLaVA's script reads a letter from, then what people take for an answer, too
@@ -36,6 +37,7 @@ _DENIED_BEFORE = re.compile(
     r"\b(?:no|not|never|neither|nor|cannot|unable|without|sorry|unsure|unclear|except|rather than)\b|n['\u2019]t\b",
     re.IGNORECASE,
 )
+_A_WORD = re.compile(r"\bA +\w", re.IGNORECASE)
 _CLAUSE = re.compile(r"[.,;:!?\n]|\bbut\b")
 _PRONOUN = re.compile(r"\bI +[a-z]")  # the word I
 # VLMEvalKit's: what parts words, how far from the end a letter may be, what it takes for a refusal
@@ -80,7 +82,13 @@ def read_option(answer: str, options: Mapping[str, str]) -> str | None:
     letters = {match[1].upper() for match in told}
     if len(letters) == 1 and letters <= set(options) and not any(_OTHER_LETTER.match(answer, m.end()) for m in told):
         return letters.pop()
-    return _read_plainly(answer.strip(), options) or _read_text(answer, options)
+    plain, text = _read_plainly(answer.strip(), options), _read_text(answer, options)
+    if plain == "A" and (found_a := _A_WORD.search(answer)):
+        # the A of "Answer: A blue car" is an article where another option is "a blue car", or "blue car"
+        behind = answer[found_a.start() :].lower()
+        begun = [letter for letter, choice in options.items() if _begins(behind, choice) or _begins(behind[2:], choice)]
+        return begun[0] if len(begun) == 1 else text or plain
+    return plain or text
 
 
 def _leading(answer: str) -> str | None:
@@ -113,12 +121,21 @@ def _read_text(answer: str, options: Mapping[str, str]) -> str | None:
     text = answer.lower()
     if len(text) > 2 * sum(map(len, options.values())):
         return None
-    held = [letter for letter, choice in options.items() if choice.lower() in text]
+    held = [(letter, found) for letter, choice in options.items() if (found := _words(choice).search(text))]
     if len(held) != 1:
         return None
-    start = text.index(options[held[0]].lower())
-    end = start + len(options[held[0]])
-    return None if _is_denied(text, start, end) else held[0]
+    letter, found = held[0]
+    return None if _is_denied(text, *found.span()) else letter
+
+
+def _begins(text: str, choice: str) -> bool:
+    return bool(_words(choice).match(text.lstrip()))
+
+
+@lru_cache(1 << 16)
+def _words(choice: str) -> re.Pattern[str]:
+    """The text of a choice as words and numbers of their own, perhaps in the plural: "no" isn't in "cannot"."""
+    return re.compile(rf"(?<![a-z0-9])(?<!\d[.,]){re.escape(choice.lower())}(?:e?s)?(?![a-z0-9]|[.,]\d)")
 
 
 def _is_meant(answer: str, letter: str) -> bool:

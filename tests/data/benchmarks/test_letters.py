@@ -121,6 +121,14 @@ def test_refusals_two_letters_denials_and_articles_are_not_read(answer: str) -> 
         ("B. banana, C. cherry", "B"),
         ("D is the correct choice because the picture shows dates", "D"),
         ("A banana", "B"),
+        ("Answer: A banana", "B"),
+        ("Answer: a banana, since it is yellow", "B"),
+        ("Answer: A. banana", "A"),
+        ("Answer: A dog", "A"),
+        (
+            "Answer: A banana.\nExplanation: the others aren't there, as far as anybody could tell from what is shown",
+            "B",
+        ),
         ("the answer is banana", "B"),
         ("the answer is cherry", "C"),
         ("`B`", "B"),
@@ -131,6 +139,18 @@ def test_more_is_read_where_the_meaning_is_plain(answer: str, letter: str) -> No
     """VLMEvalKit asks a language model, or reads "A banana" and "answer is cherry" by their first letters."""
     assert can_infer(answer, FRUIT) in {None, answer[0], letter}
     assert read_option(answer, FRUIT) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("I cannot tell", None), ("I don't know", None), ("No.", "B"), ("no, sir", "B"), ("It knows", None)],
+)
+def test_an_option_is_read_as_words_of_their_own(answer: str, letter: str | None) -> None:
+    """VLMEvalKit finds "no" in "cannot" and "know", and "2" in "12"."""
+    assert read_option(answer, {"A": "Yes", "B": "No"}) == letter
+    assert read_option("I see 12 cars", {"A": "2 cars", "B": "12 cars"}) == "B"
+    assert read_option("It is 2.5 m", {"A": "2 m", "B": "5 m"}) is None
+    assert read_option("\u8fd9\u662f\u9999\u8549", {"A": "\u82f9\u679c", "B": "\u9999\u8549"}) == "B"
 
 
 def test_letters_that_are_no_options_are_not_read() -> None:
