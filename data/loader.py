@@ -135,6 +135,15 @@ class Loader(Generic[Made]):
                 [sample.example.where for samples in documents for sample in samples],
             )
 
+    def rows_together(self, looked_at: int = 256) -> float | None:
+        """How many rows share a packed row, by the first so many; None for streams, which are read but once."""
+        if self.mixture.streams:
+            return None
+        tasks: list[_Task] = [(self.mixture.sample(n), None) for n in range(min(looked_at, len(self.mixture)))]
+        examples = [made for made in self._encode(tasks) if isinstance(made, Example)]
+        rows = plan(examples, self.packing, self.tokens, self.micro, np.random.default_rng(0))
+        return len(examples) / len(rows) if rows else None
+
     def _loaded(self, state: State) -> Iterator[_Row]:
         """One row a sample, its pixels ready."""
         seen = state.seen

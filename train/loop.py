@@ -143,7 +143,7 @@ def run_stage(
     model.train()
     done, state, seen = at.done, read_state(at.loaders[rank]), sum(loader["seen"] for loader in at.loaders)
     monitor.begin(stage.name, total, seen if samples else done, manifest(parts))
-    steps = Loader(
+    loader = Loader(
         mixture,
         objective,
         stage.batch_size,
@@ -154,7 +154,10 @@ def run_stage(
         recipe.workers,
         rank,
         world,
-    ).steps(state)
+    )
+    if accelerator.is_main_process:
+        monitor.say(describe_length(stage, len(mixture), objective.room, loader.rows_together() if packs else 1.0))
+    steps = loader.steps(state)
     with apart:
         while (done if samples is None else seen) < total:
             began = time.perf_counter()
@@ -257,6 +260,23 @@ def set_rates(optimizer: torch.optim.Optimizer, stage: Stage, done: int, now: in
         scale = 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total - warmup)))
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * scale
+
+
+def describe_length(stage: Stage, rows: int, room: int, together: float | None) -> str:
+    """How long a stage is. rows: of an epoch; together: how many share a packed row of up to `room` tokens."""
+    told = f"{stage.name}: {rows:,} rows an epoch"
+    if stage.packing.mode == "pack" and together:
+        told += f", about {rows / together:,.0f} packed rows of up to {room:,} tokens"
+    per_step = stage.batch_size * together if together else None
+    what = "packed rows" if stage.packing.mode == "pack" else "rows"
+    if stage.steps:
+        epochs = f" = {'about ' * (together != 1)}{stage.steps * per_step / rows:.3g} epochs" if per_step else ""
+        return f"{told}; {stage.steps:,} steps of {stage.batch_size} {what}{epochs}"
+    assert stage.epochs is not None
+    steps = (
+        f" = about {math.ceil(stage.epochs * rows / per_step):,} steps of {stage.batch_size} {what}" if per_step else ""
+    )
+    return f"{told}; {stage.epochs:g} epochs{steps}"
 
 
 def open_mixture(recipe: Recipe, stage: Stage, index: int) -> Mixture:

