@@ -16,7 +16,7 @@ POINTS = 80
 def smoothed(run: Path, stage: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and losses of a stage, each point the mean of an equal share of its steps."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    losses = np.array([row["loss"] for row in rows if row["stage"] == stage])
+    losses = np.array([row["loss"] for row in rows if row["stage"] == stage and not row.get("skipped")])
     share = max(1, len(losses) // POINTS)
     points = len(losses) // share
     return (np.arange(points) + 0.5) * share, losses[: points * share].reshape(points, share).mean(1)

@@ -1,4 +1,4 @@
-"""The demo's two pretraining processes answer to one Ctrl-C."""
+"""The demo, interrupted: its two pretraining processes answer to one Ctrl-C."""
 
 import os
 import signal
@@ -9,8 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from train.demo import Demo
+from train.loop import Stopped
 from train.runs import Run
 from train.state import latest
+from vlm.cli import main
+
+
+def test_an_interrupted_demo_says_to_run_it_again_not_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: Demo) -> None:
+        raise Stopped("stopped after step 3; --resume goes on from there")
+
+    for name in ("draw_scenes", "pretrain"):
+        monkeypatch.setattr(Demo, name, lambda _: None)
+    monkeypatch.setattr(Demo, "fuse", stopped)
+    assert main(["demo", "--quick", "--out", str(tmp_path / "demo")]) == 130
+    assert capsys.readouterr().err == "vlm demo: interrupted; run it again, and it goes on where it was\n"
 
 
 @pytest.mark.slow
@@ -35,7 +51,7 @@ def test_ctrl_c_while_pretraining_loses_no_step(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted" in error
+    assert "interrupted; run it again, and it goes on where it was" in error
     unfinished = [run for run in runs.values() if not run.finished]
     assert unfinished
     for run in unfinished:
