@@ -1,5 +1,6 @@
 """Tiny random models, made once per test run, for every package."""
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,21 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
     yield
     assert not asked
+
+
+@pytest.fixture(scope="session")
+def bf16_attention() -> None:
+    """Skips a test where torch's own attention can't compute in bf16: under an ATEN_CPU_CAPABILITY below what the
+    processor has it takes instructions that it was told not to use ("pack_vnni2 is only supported when ...")."""
+    import torch
+
+    query = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16)
+    try:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    except RuntimeError as error:
+        capability = os.environ.get("ATEN_CPU_CAPABILITY")
+        assert capability, "bf16 attention fails, and nothing holds the processor's instructions back"
+        pytest.skip(f"torch's bf16 attention fails under ATEN_CPU_CAPABILITY={capability} here: {error}")
 
 
 @pytest.fixture(scope="session")

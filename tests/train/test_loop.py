@@ -202,7 +202,7 @@ def another_precision() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.usefixtures("another_precision")
+@pytest.mark.usefixtures("another_precision", "bf16_attention")
 def test_what_was_trained_in_bf16_is_asked_in_the_format_that_it_is_saved_in(scenes: Path, tmp_path: Path) -> None:
     folder = train_once(scenes, tmp_path / "run", "precision=bf16", steps=2) / "model"
     test, (model, processor) = self_test.read(folder), load(folder)

@@ -143,6 +143,7 @@ def test_tying_is_read_where_any_version_writes_it(tiny_tokenizer: Any, tmp_path
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.usefixtures("bf16_attention")
 def test_number_formats_and_shards_survive(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = {
         name: tensor if name.startswith("multi_modal_projector") else tensor.to(torch.bfloat16)

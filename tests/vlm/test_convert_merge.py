@@ -67,6 +67,7 @@ def test_an_adapter_leaves_merged(adapter: Path, tiny_models: Callable[[str, str
     assert "an adapter merged in" in (as_llava / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("bf16_attention")
 def test_merging_rounds_once(tiny_models: Callable[[str, str], Path], tmp_path: Path) -> None:
     model, processor = load(tiny_models("early", "mlp"), dtype=torch.bfloat16)
     base = tmp_path / "base"

@@ -30,6 +30,7 @@ def test_nan_in_either_probe_is_no_agreement(expected: Sequence[torch.Tensor], g
         compare(expected, got, torch.float32)
 
 
+@pytest.mark.usefixtures("bf16_attention")
 @pytest.mark.parametrize("std", [0.003, 0.006])
 def test_an_adapter_that_was_left_out_is_seen_below_what_bfloat16_rounds(
     tiny_models: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, std: float
