@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import records
+from data import image_files
 from data.formats import ROW_FORMATS, read_row
 from data.records import Record
 from data.sources import FORMATS, Source, open_source
@@ -139,10 +139,10 @@ STEPS = st.lists(st.sampled_from(["a.png", "sub", "b.png", "..", ".", "", "aroun
 @settings(max_examples=300 * DEPTH, deadline=None)
 def test_the_quick_look_at_an_image_finds_what_the_careful_one_does(root: Path, steps: list[str]) -> None:
     name = "/".join(steps) or "."
-    careful, _ = tried(lambda: records._find_carefully("rows:3", name, root))
-    assert tried(lambda: records.find_image("rows:3", name, root))[0] == careful
+    careful, _ = tried(lambda: image_files._find_carefully("rows:3", name, root))
+    assert tried(lambda: image_files.find_image("rows:3", name, root))[0] == careful
     try:
-        quick = records._find_quickly(name, root)
+        quick = image_files._find_quickly(name, root)
     except (OSError, ValueError):
         quick = None
     assert quick in (None, careful)
@@ -288,6 +288,6 @@ def test_what_is_no_file_is_one_error(tmp_path: Path, kind: str, suffix: str) ->
 
 def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="unknown format 'lava'; there are messages, llava, captions, qa, documents, vqav2"
+        UserError, match="unknown format 'lava'; there are messages, llava, captions, qa, documents, turns, vqav2"
     ):
         open_source(tmp_path, format="lava")
