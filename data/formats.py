@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from data.key_map import KeyMap, renamed
+from data.marks import Turn
 from data.question_rows import most_frequent, read_question
 from data.records import IMAGE_PART, Record, make_record, text_part
 from data.row import Row
 from data.row_keys import Layout, check_unread, layout
 from data.rows_to_records import make_chat
-from data.turns import Turn, check_unread_of_part, read_turns
+from data.turns import check_unread_of_part, read_turns
 from vlm.errors import UserError
 
 CAPTION_PROMPT = "describe the picture."

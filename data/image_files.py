@@ -22,6 +22,12 @@ _MOST_LISTED = 200_000  # files of a folder that are looked through for a name i
 
 def find_picture(where: str, image: Any, root: Path, lenient: bool = False) -> ImageRef:
     """The picture that a row names or holds. UserError where there is none; `MissingImage` instead if `lenient`."""
+    if type(image) is str and image and image[:5] != "data:":
+        try:
+            if (found := _find_quickly(image, root)) is not None:
+                return found
+        except (OSError, ValueError):
+            pass  # the careful look says what is wrong
     if isinstance(image, (ImageBytes, ImageSlice)):
         return image
     if isinstance(image, dict):

@@ -4,11 +4,12 @@ from collections import Counter
 from typing import Any
 
 from data.choices import ask, letter_of, read_choices
+from data.marks import Turn
 from data.records import Record
 from data.row import Row, as_text, kind_of
 from data.row_keys import OTHERS, is_empty, meaning_of
 from data.rows_to_records import make_chat
-from data.turns import Turn, read_turns
+from data.turns import read_turns
 from vlm.errors import UserError
 
 _YES_NO = ("yes", "no")
@@ -19,8 +20,8 @@ def read_question(row: Row) -> Record:
 
     Of several people's answers the most frequent one is learned, the first of these where there are several.
     """
-    where, label = row.where, row.layout.keys.get("label")
-    if label and isinstance(row.data[label[0]], bool) and row.key("answer") is not None:
+    where, has = row.where, row.layout.keys
+    if (label := has.get("label")) and isinstance(row.data[label[0]], bool) and row.key("answer") is not None:
         raise UserError(f"{where}: {label[0]} says whether the answer is a good one; such rows aren't answers to learn")
     key = row.key("question", "instruction", "prompt", "input", "text")
     if key is not None and _is_chat(row.data[key]):
@@ -30,18 +31,18 @@ def read_question(row: Row) -> Record:
     if key is None:
         raise UserError(f"{where}: no question in it (keys: {_keys(row)}); {OTHERS}")
     question = as_text(row.data[key], key, where)
-    more = row.text("input") if row.layout.keys.get("input", ("",))[0] != key else None
-    if more is not None:
+    if "input" in has and has["input"][0] != key and (more := row.text("input")) is not None:
         question = f"{question}\n{more}"
-    if row.key("question") is not None:
-        for other in ("instruction", "prompt"):
-            row.ignored.update(row.layout.keys.get(other, ()))
-    if (context := row.text("context")) is not None:
-        question = f"Context: {context}\n{question}"
+    if len(has) > 2:
+        row.ignored.update(other for name in ("question", "instruction", "prompt") for other in has.get(name, ()))
+        row.ignored.discard(key)
+        if (context := row.text("context")) is not None:
+            question = f"Context: {context}\n{question}"
     answer, answers = _answer(row, key)
-    if (choices := _choices(row)) is not None:
+    if ("choices" in has or row.layout.letters) and (choices := _choices(row)) is not None:
         question, answer, answers = ask(question, choices), letter_of(answer, choices, where), ()
-    turns = [*_history(row), Turn("user", question), Turn("assistant", answer)]
+    turns = [Turn("user", question), Turn("assistant", answer)]
+    turns = [*_history(row), *turns] if "history" in has else turns
     return make_chat(row, turns, answers=answers)
 
 
@@ -61,7 +62,7 @@ def _answer(row: Row, asked: str) -> tuple[str, tuple[str, ...]]:
         found = f"{given} is {kind_of(row.data[given])}" if given is not None else found
         raise UserError(f"{where}: a question without an answer ({found}); {OTHERS}")
     value = row.data[key]
-    if row.key("answer") is None and row.key("question", "instruction", "prompt", "input") is None:
+    if asked in row.layout.keys.get("text", ()) and key in row.layout.keys.get("label", ()):
         text = as_text(value, key, where)
         if text.strip().lower() not in _YES_NO and "?" not in str(row.data[asked]):
             raise UserError(

@@ -61,7 +61,7 @@ def make_record(
     check_texts(where, [*filter(None, texts), *captions])
     if marks != len(images):
         raise UserError(f"{where}: {marks} image placeholders, but {len(images)} images")
-    found = tuple(find_picture(where, image, root, lenient) for image in images)
+    found = tuple([find_picture(where, image, root, lenient) for image in images])
     return Record(where, tuple(messages), found, tuple(captions), kind, tuple(answers), tuple(ignored))
 
 

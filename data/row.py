@@ -24,7 +24,7 @@ class Row:
         """The first key of the row that is read as one of these and holds something."""
         for meaning in meanings:
             for key in self.layout.keys.get(meaning, ()):
-                if not is_empty(self.data[key]):
+                if self.data[key] is False or not is_empty(self.data[key]):
                     return key
         return None
 
@@ -34,16 +34,23 @@ class Row:
 
     def text(self, *meanings: str) -> str | None:
         """As text; None where there is none. Numbers and booleans are taken as JSON writes them."""
+        if self.layout.keys.keys().isdisjoint(meanings):
+            return None
         key = self.key(*meanings)
         return None if key is None else as_text(self.data[key], key, self.where)
 
     def pictures(self) -> list[Any]:
         """What the row names beside its texts, in order. UserError when two keys name different ones."""
+        if not self.layout.images:
+            return []
         if self._pictures is None:
             self._pictures = self._read_pictures()
         return self._pictures
 
     def _read_pictures(self) -> list[Any]:
+        if len(self.layout.images) == 1 and len(self.layout.images[0]) == 1:
+            value = self.data[self.layout.images[0][0]]
+            return value if isinstance(value, list) else [] if value is None else [value]
         found: list[Any] = []
         by = ""
         for group in self.layout.images:

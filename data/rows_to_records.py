@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from data.marks import Turn
 from data.records import Record, make_record
 from data.row import Row
-from data.turns import Turn, build
+from data.turns import build
 
 
 def make_chat(

@@ -1,11 +1,10 @@
 """Turns of chats, in the spellings that people have: roles, texts, parts, pictures, and what isn't learned."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from data.marks import Part, Placed, Shown, resolve, split_text, stands_alone
+from data.marks import Part, Placed, Shown, Turn, asked, resolve, split_text, stands_alone, texts_of
 from data.records import IMAGE_PART, ROLES, Message, text_part
 from data.row_keys import REFUSED, check_media, is_empty, is_picture_key, media_names, plain_key
 from vlm.errors import UserError
@@ -18,16 +17,6 @@ _NAMES_OF_IMAGES = ("image", "image_url", "url", "path", "file_name", "base64")
 _FIRST_KIND = {"messages": "message", "llava": "turn"}
 
 
-@dataclass
-class Turn:
-    """role, and the text or list of parts as written; images: that the turn itself names; weight 0: not learned."""
-
-    role: str
-    content: str | list[Any]
-    images: list[Any] = field(default_factory=list)
-    weight: int = 1
-
-
 @dataclass(frozen=True)
 class _Keys:
     role: str | None
@@ -36,6 +25,7 @@ class _Keys:
     images: tuple[str, ...]
     refused: tuple[str, ...]
     unread: tuple[str, ...]
+    plain: bool  # a role and a text, and nothing else
 
 
 @lru_cache(maxsize=1024)
@@ -46,7 +36,8 @@ def _keys_of(keys: tuple[str, ...]) -> _Keys:
     rest = [key for key in keys if key not in (role, text, weight)]
     images = tuple(key for key in rest if is_picture_key(key))
     refused = tuple(key for key in rest if plain_key(key) in REFUSED)
-    return _Keys(role, text, weight, images, refused, tuple(k for k in rest if k not in images and k not in refused))
+    unread = tuple(key for key in rest if key not in images and key not in refused)
+    return _Keys(role, text, weight, images, refused, unread, role is not None and text is not None and len(keys) == 2)
 
 
 def read_turns(given: Any, kind: str, where: str, ignored: set[str]) -> list[Turn]:
@@ -54,7 +45,15 @@ def read_turns(given: Any, kind: str, where: str, ignored: set[str]) -> list[Tur
     noun, name = _FIRST_KIND[kind], "messages" if kind == "messages" else "conversations"
     if not isinstance(given, list):
         raise UserError(f"{where}: {name} must be a list")
-    return [read_turn(turn, kind, f"{where}: {noun} {number}", ignored) for number, turn in enumerate(given, start=1)]
+    turns = []
+    for number, turn in enumerate(given, start=1):
+        if type(turn) is dict and (keys := _keys_of(tuple(turn))).plain:  # most are, and rows are many
+            role, content = turn[keys.role], turn[keys.text]
+            if type(role) is str and role in _ROLES and type(content) in (str, list):
+                turns.append(Turn(_ROLES[role], content))
+                continue
+        turns.append(read_turn(turn, kind, f"{where}: {noun} {number}", ignored))
+    return turns
 
 
 def read_turn(turn: Any, kind: str, where: str, ignored: set[str]) -> Turn:
@@ -114,59 +113,77 @@ def build(
     they stand at the beginning of the first user's turn (`place`), as LLaMA-Factory and ms-swift have it. Without such
     pictures a mark inside of a line is a word.
     """
-    parts_open = sum(_open_parts(turn.content) for turn in turns)
-    words = (bool(parts_open) and parts_open == len(given)) or _shows_by_name(turns, given)
+    words = False
+    if given:
+        lists = [turn for turn in turns if type(turn.content) is list]
+        words = bool(lists) and (sum(map(_open_parts, lists)) == len(given) or _shows_by_name(lists, given))
     messages: list[Message] = []
     every: list[Shown] = []
     for number, turn in enumerate(turns, start=1):
-        marks = turn.role == "user" and not words and (bool(given) or bool(turn.images) or not place)
-        at = f"{where}: message {number}"
-        placed = _placed(turn, marks, at, ignored)
-        if turn.images:
-            placed = _own(placed, turn, at)
-        message: Message = {"role": turn.role, "content": placed.parts}
+        if turn.role == "user" or turn.images or not isinstance(turn.content, str):
+            marks = turn.role == "user" and not words and (bool(given) or bool(turn.images) or not place)
+            if type(turn.content) is str and not turn.images:
+                placed = split_text(turn.content, marks)
+            else:
+                at = f"{where}: message {number}"
+                placed = _placed(turn, marks, at, ignored)
+                placed = _own(placed, turn, at) if turn.images else placed
+            parts = placed.parts
+            if placed.shown:
+                every += placed.shown
+        else:
+            parts = [text_part(turn.content)]
+        message: Message = {"role": turn.role, "content": parts}
         if turn.weight == 0 and turn.role == "assistant":
             message["weight"] = 0
         messages.append(message)
-        every += placed.shown
     if system is not None:
         messages = _with_system(messages, system, where)
-    asked = " ".join(_texts([turn for turn in turns if turn.role == "user"]))
-    named = [one.image for one in every if one.image is not None]
-    if given and named and len(named) == len(every) and _names(named) >= _names(given):
-        given = []  # the same pictures once more
-    first = next((message for message in messages if message["role"] == "user"), None)
-    if place and given and first is not None and not any(one.image is None for one in every):
-        first["content"] = [*[IMAGE_PART] * len(given), *first["content"]]
-        every = [*[Shown()] * len(given), *every]
-    if not every and not given:
-        if place and any(turn.role == "user" and any(map(stands_alone, _texts([turn]))) for turn in turns):
-            raise UserError(f"{where}: an <image> in the text, but no picture is named in the row: {asked[:80]!r}")
+    if not given:
+        if every:
+            return messages, resolve(where, every, given, turns)
+        if place and any(turn.role == "user" and any(map(stands_alone, texts_of(turn))) for turn in turns):
+            raise UserError(f"{where}: an <image> in the text, but no picture is named in the row: {asked(turns)!r}")
         return messages, []
-    return messages, resolve(where, every, given, asked)
+    named = [one.image for one in every if one.image is not None] if every else []
+    if named and len(named) == len(every) and _names(named) >= _names(given):
+        return messages, named  # which are named beside once more
+    if place and len(named) == len(every):
+        for message in messages:
+            if message["role"] == "user":
+                message["content"] = [*[IMAGE_PART] * len(given), *message["content"]]
+                return messages, [*given, *named]
+    return messages, resolve(where, every, given, turns)
 
 
 def _placed(turn: Turn, marks: bool, where: str, ignored: set[str]) -> Placed:
     if isinstance(turn.content, str):
-        return split_text(turn.content, marks) if turn.role == "user" else Placed([text_part(turn.content)], [])
+        return split_text(turn.content, marks)
     parts: list[Part] = []
     shown: list[Shown] = []
     for part in turn.content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in _IMAGE_PARTS:
+        if kind == "text" and len(part) == 2 and isinstance(part.get("text"), str) and turn.role != "user":
+            parts.append(text_part(part["text"]))
+        elif kind in _IMAGE_PARTS:
             shown.append(_image_of(part, where, ignored))
             parts.append(IMAGE_PART)
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             _check_part(part, ("type", "text"), where, ignored)
-            inner = split_text(part["text"], marks) if marks else Placed([text_part(part["text"])], [])
-            parts += inner.parts
-            shown += inner.shown
+            if "<" in part["text"] and turn.role == "user":
+                inner = split_text(part["text"], marks)
+                parts += inner.parts
+                shown += inner.shown
+            else:
+                parts.append(text_part(part["text"]))
         else:
             raise UserError(f"{where}: a part is of type text (with a text) or image, got {str(part)[:80]!r}")
     return Placed(parts, shown)
 
 
 def _image_of(part: dict[str, Any], where: str, ignored: set[str]) -> Shown:
+    if len(part) == 2 and isinstance(part.get("image"), str):
+        return Shown(part["image"])
     named = [(key, part[key]) for key in _NAMES_OF_IMAGES if part.get(key) is not None]
     index = part.get("index")
     _check_part(part, ("type", "index", "text", *_NAMES_OF_IMAGES), where, ignored)
@@ -181,11 +198,11 @@ def _image_of(part: dict[str, Any], where: str, ignored: set[str]) -> Shown:
         return Shown()
     if type(index) is not int:
         raise UserError(f"{where}: the index of an image part is a whole number, got {str(index)[:40]!r}")
-    return Shown(index=index)
+    return Shown(number=index)
 
 
 def _check_part(part: dict[str, Any], known: tuple[str, ...], where: str, ignored: set[str]) -> None:
-    if part.keys() <= {"type", "text", "image"} and "text" in known and part.get("image") is None:
+    if len(part) == 2 and "text" in part:
         return
     unread = tuple(key for key in part if key not in known)
     check_unread_of_part(part, unread, where, [], ignored, "a part")
@@ -197,14 +214,13 @@ def _own(placed: Placed, turn: Turn, where: str) -> Placed:
         raise UserError(f"{where}: an image in {'an assistant' if turn.role == 'assistant' else 'a system'} message")
     if not any(one.image is None for one in placed.shown):
         return Placed([*[IMAGE_PART] * len(turn.images), *placed.parts], [*map(Shown, turn.images), *placed.shown])
-    found = resolve(where, placed.shown, turn.images, " ".join(_texts([turn])))
+    found = resolve(where, placed.shown, turn.images, [turn])
     return Placed(placed.parts, [Shown(image) for image in found])
 
 
-def _open_parts(content: str | list[Any]) -> int:
-    """Image parts that name no picture."""
-    if isinstance(content, str):
-        return 0
+def _open_parts(turn: Turn) -> int:
+    """Image parts that name no picture, of which a row of such parts has one for each of its pictures."""
+    content = turn.content if isinstance(turn.content, list) else []
     return sum(
         isinstance(part, dict)
         and part.get("type") in _IMAGE_PARTS
@@ -229,16 +245,6 @@ def _shows_by_name(turns: list[Turn], given: list[Any]) -> bool:
 
 def _names(images: list[Any]) -> set[str]:
     return {str(image) for image in images}
-
-
-def _texts(turns: list[Turn]) -> Iterator[str]:
-    for turn in turns:
-        if isinstance(turn.content, str):
-            yield turn.content
-        else:
-            yield from (
-                part["text"] for part in turn.content if isinstance(part, dict) and isinstance(part.get("text"), str)
-            )
 
 
 def _with_system(messages: list[Message], system: str, where: str) -> list[Message]:
