@@ -192,7 +192,9 @@ def examine(source: Source, spec: "ModelSpec | None", decode_all: bool, workers:
             reasons.setdefault(row, broken[image])
         rows["good"][list(reasons)] = False
     bad_rows = [BadRow(source.where(number), reasons[number], number) for number in sorted(reasons)]
-    ignored = sum((part.ignored for part in parts), Counter[str]())
+    ignored: Counter[str] = Counter()
+    for part in parts:
+        ignored.update(part.ignored)
     told = dict(sorted(ignored.items(), key=lambda item: (-item[1], item[0])))
     return Table(source, rows, shown, first, headers, looks, decoded, bad_rows, len(broken), told)
 

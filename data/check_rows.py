@@ -1,7 +1,6 @@
 """What a worker of `vlm data check` does: it reads rows, headers and pictures, and gives back numbers, not objects."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -39,7 +38,7 @@ class Rows:
     rows: Numbers
     shown: Numbers
     bad: list[tuple[int, str]]
-    ignored: Counter[str]
+    ignored: dict[str, int]
 
 
 class Checker:
@@ -60,7 +59,7 @@ class Checker:
         keys: list[bytes] = []
         bad: list[tuple[int, str]] = []
         told: list[Any] = []
-        ignored: Counter[str] = Counter()
+        ignored: dict[str, int] = {}
         for number in range(start, stop):
             name = 0
             try:
@@ -75,7 +74,8 @@ class Checker:
                 bad.append((number, self._reason(error, number)))
                 told.append((False, 0, 0, 0, 0, 0, name, getattr(error, "tokens", 0), 0, 0, 0))
                 continue
-            ignored.update(record.ignored)
+            for key in record.ignored:
+                ignored[key] = ignored.get(key, 0) + 1
             names = [os.fspath(image) if isinstance(image, Path) else str(image) for image in record.images]
             words, characters, said = _words(record)
             same = "\x1e".join([*words, *names, *record.captions])

@@ -60,7 +60,8 @@ def read_row(
         told = layout(keys, "turns")
     one = Row(row, where, root, told, lenient)
     one.nulls = nulls
-    one.ignored.update(told.skipped, told.unknown, dropped)
+    if dropped:
+        one.ignored.update(dropped)
     if told.refused or told.unknown:
         check_unread(row, told, where, one.pictures)
     return ROW_FORMATS[name](one)

@@ -49,6 +49,8 @@ def split_text(text: str, marks: bool) -> Placed:
     """
     if "<" not in text:
         return Placed([text_part(text)], [])
+    if marks and text.startswith("<image>\n") and text.rfind("<") == 0 and len(text) > 8:  # as most are
+        return Placed([IMAGE_PART, text_part(text[8:])], [_NEXT])
     found = [(match, Shown(match["name"].strip())) for match in NAMED.finditer(text)]
     if marks:
         for match in MARK.finditer(text):

@@ -79,6 +79,8 @@ def check_roles(where: str, messages: Sequence[Message]) -> None:
             raise UserError(f"{where}: message {first + position} is from {message['role']!r}, where {due!r} is due")
         if due == "assistant":
             parts = message["content"]
+            if len(parts) == 1 and (text := parts[0].get("text")) and not text.isspace():
+                continue
             if IMAGE_PART in parts:
                 raise UserError(f"{where}: message {first + position}: an image in an assistant's answer")
             if not any(not part["text"].isspace() and part["text"] for part in parts):

@@ -16,7 +16,7 @@ class Row:
 
     def __init__(self, data: dict[str, Any], where: str, root: Any, layout: Layout, lenient: bool) -> None:
         self.data, self.where, self.root, self.layout, self.lenient = data, where, root, layout, lenient
-        self.ignored: set[str] = set()
+        self.ignored = set(layout.unread)
         self.nulls: tuple[str, ...] = ()
         self._pictures: list[Any] | None = None
 

@@ -96,13 +96,13 @@ def plain_key(key: Any) -> str:
 class Layout:
     """What rows with the same keys are. format: None where `problem` says why; images: groups of keys that name
     pictures, the best group first, keys of a group in the order of their numbers; keys: of each meaning the row's keys,
-    the best first; skipped: keys that are known to be harmless; unknown: keys whose values have to be looked at."""
+    the best first; unread: keys that nothing is read from; unknown: those of them whose values have to be looked at."""
 
     format: str | None
     images: tuple[tuple[str, ...], ...] = ()
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
     letters: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
+    unread: frozenset[str] = frozenset()
     unknown: tuple[str, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
     problem: str = ""
@@ -161,7 +161,7 @@ def layout(keys: tuple[str, ...], wanted: str | None = None) -> Layout:
         else:
             (skipped if _is_id(name) else unknown).append(key)
     kept = {meaning: tuple(by_meaning[meaning]) for meaning in by_meaning if meaning in read}
-    return Layout(chosen, images, kept, letters, tuple(skipped), tuple(unknown), tuple(refused))
+    return Layout(chosen, images, kept, letters, frozenset([*skipped, *unknown]), tuple(unknown), tuple(refused))
 
 
 def _is_labelled(meanings: dict[str, list[str]]) -> bool:
