@@ -21,8 +21,9 @@ def read_question(row: Row) -> Record:
     Of several people's answers the most frequent one is learned, the first of these where there are several.
     """
     where, has = row.where, row.layout.keys
-    if (label := has.get("label")) and isinstance(row.data[label[0]], bool) and row.key("answer") is not None:
-        raise UserError(f"{where}: {label[0]} says whether the answer is a good one; such rows aren't answers to learn")
+    label = next((key for key in row.layout.unread if meaning_of(key) == "label"), None) if row.layout.unread else None
+    if label is not None and isinstance(row.data[label], bool):
+        raise UserError(f"{where}: {label} says whether the answer is a good one; such rows aren't answers to learn")
     key = row.key("question", "instruction", "prompt", "input", "text")
     if key is not None and _is_chat(row.data[key]):
         return _chat(row, key)

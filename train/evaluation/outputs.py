@@ -66,6 +66,11 @@ class Evaluation:
         return sum(reply.seconds for reply in self.replies.values())
 
     @property
+    def pictured(self) -> int:
+        """Questions that have a picture, whatever the control shows of it."""
+        return sum(bool(item.images) for item in self.items)
+
+    @property
     def unscored(self) -> int:
         return len(self.items) - self.scores.n
 
@@ -91,6 +96,7 @@ def as_json(evaluation: Evaluation, controls: Sequence[Evaluation] = ()) -> dict
         "unscored": evaluation.unscored,
         "prompt": evaluation.settings["prompt"],
         "control": evaluation.control,
+        "questions_with_images": evaluation.pictured,
         "controls": {
             other.control: {"metrics": other.scores.metrics, "intervals": other.intervals, "failed": len(other.failed)}
             for other in controls

@@ -54,6 +54,14 @@ def settled(question: Question) -> Question:
     return replace(question, device=device.type if question.device == "auto" else question.device, precision=precision)
 
 
+def told_images(evaluation: Evaluation) -> str:
+    """What became of the questions' images, if there are any."""
+    have, every = evaluation.pictured, len(evaluation.items)
+    if not have:
+        return "none, no question has one"
+    return SHOWN[evaluation.control] + (f" ({have} of {every} questions have one)" if have < every else "")
+
+
 def tell(evaluations: Sequence[Evaluation], out: Path) -> int:
     """Scores on stdout. UserError when every question failed."""
     first, *controls = evaluations
@@ -69,5 +77,5 @@ def tell(evaluations: Sequence[Evaluation], out: Path) -> int:
         print(f"{len(first.failed)} questions failed and are scored as wrong; the first: {first.failed[0].error}")
     for name, why in first.scores.notes.get("skipped", {}).items():
         print(f"{name} is left out: {why}")
-    print(f"n = {first.scores.n}, images: {SHOWN[first.control]}, {first.seconds:.1f} s; {out / REPORT}")
+    print(f"n = {first.scores.n}, images: {told_images(first)}, {first.seconds:.1f} s; {out / REPORT}")
     return 0
