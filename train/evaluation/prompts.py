@@ -181,7 +181,10 @@ def phrased(messages: Sequence[dict[str, Any]], template: str, item: Item) -> li
     else:
         head, _, tail = template.partition("{question}")
         texts[0]["text"] = head + texts[0]["text"]
-        texts[-1]["text"] += tail
+        if parts[-1] is texts[-1]:
+            parts[-1]["text"] += tail
+        elif tail:
+            parts.append({"type": "text", "text": tail})
     return [*before, {**last, "content": parts}]
 
 
