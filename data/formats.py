@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.key_map import KeyMap, renamed
-from data.marks import Turn
+from data.marks import Turn, stands_alone
 from data.question_rows import most_frequent, read_question
 from data.records import IMAGE_PART, Record, make_record, text_part
 from data.row import Row
@@ -99,6 +99,8 @@ def _captions(row: Row) -> Record:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise UserError(f"{where}: captions must be one text or a list of them, none empty")
+    if any("<" in caption and (stands_alone(caption) or caption.startswith("<image>")) for caption in captions):
+        raise UserError(f"{where}: a caption with an <image> in it: {captions[0][:80]!r}; a picture isn't said")
     if "captions" in keys:
         row.ignored.update(keys.get("text", ()))
     prompt = row.key("prompt")

@@ -60,18 +60,16 @@ def split_text(text: str, marks: bool) -> Placed:
         return Placed([text_part(text)], [])
     found.sort(key=lambda one: one[0].start())
     parts: list[Part] = []
-    start = 0
-    for place, (match, shown) in enumerate(found):
+    start, eats = 0, False  # whether the mark before takes the line end behind it: those with a number or a name don't
+    for match, _ in found:
+        plain = match[0] in ("<image>", "<|image|>")
         piece = text[start : match.start()]
-        # of one named in the text the lines are its own
-        before = found[place - 1][1] if place else None
-        piece = piece.removeprefix("\n") if before is not None and before.image is None else piece
-        piece = piece.removesuffix("\n") if shown.image is None else piece
+        piece = piece.removeprefix("\n") if eats else piece
+        piece = piece.removesuffix("\n") if plain else piece
         parts += [text_part(piece)] if piece else []
         parts.append(IMAGE_PART)
-        start = match.end()
-    rest = text[start:]
-    rest = rest.removeprefix("\n") if found[-1][1].image is None else rest
+        start, eats = match.end(), plain
+    rest = text[start:].removeprefix("\n") if eats else text[start:]
     parts += [text_part(rest)] if rest else []
     return Placed(parts, [shown for _, shown in found])
 

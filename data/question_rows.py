@@ -21,9 +21,6 @@ def read_question(row: Row) -> Record:
     Of several people's answers the most frequent one is learned, the first of these where there are several.
     """
     where, has = row.where, row.layout.keys
-    label = next((key for key in row.layout.unread if meaning_of(key) == "label"), None) if row.layout.unread else None
-    if label is not None and isinstance(row.data[label], bool):
-        raise UserError(f"{where}: {label} says whether the answer is a good one; such rows aren't answers to learn")
     key = row.key("question", "instruction", "prompt", "input", "text")
     if key is not None and _is_chat(row.data[key]):
         return _chat(row, key)
@@ -54,6 +51,8 @@ def _keys(row: Row) -> str:
 def _answer(row: Row, asked: str) -> tuple[str, tuple[str, ...]]:
     """The answer that is learned, and all answers where there are several."""
     where, key = row.where, row.key("answer", "label")
+    if len(every := row.layout.keys.get("answer", ())) > 1:
+        row.ignored.update(other for other in every if other != key and not is_empty(row.data[other]))
     if key is None:
         given = next(iter(row.layout.keys.get("answer", row.layout.keys.get("label", ()))), None)
         if given is not None and isinstance(row.data[given], str):

@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+from data.pictures import ImageBytes, ImageSlice
 from vlm.errors import UserError
 
 # What is read, and the spellings of it, the best one first, without case and separators.
@@ -258,7 +259,7 @@ def media_names(value: Any, depth: int = 3) -> Iterator[Any]:
     elif isinstance(value, (list, dict)):
         for inner in islice(value.values() if isinstance(value, dict) else value, 16) if depth else ():
             yield from media_names(inner, depth - 1)
-    elif value is not None and not isinstance(value, (bool, int, float)) and type(value).__module__ != "datetime":
+    elif isinstance(value, (bytes, ImageBytes, ImageSlice)):
         yield value
 
 
@@ -270,10 +271,21 @@ def check_unread(data: dict[str, Any], told: Layout, where: str, shown: Callable
             raise UserError(f"{where}: the key {key}: {why}")
     for key in told.unknown:
         value = data[key]
-        if type(value) in (int, float, bool) or (type(value) is str and len(value) > 512):
+        if type(value) in (int, float) or (type(value) is str and len(value) > 512):
             continue
+        if (meant := _means_more(plain_key(key), value)) is not None:
+            raise UserError(f"{where}: the key {key}: {meant}")
         if names := list(media_names(value)):
             check_media(key, names, where, shown())
+
+
+def _means_more(name: str, value: Any) -> str | None:
+    """Why a row isn't what it seems with this value of a key that is harmless with others."""
+    if isinstance(value, bool) and name in ("label", "ktotag"):
+        return "it says whether the answer is a good one; such rows aren't answers to learn"
+    if name == "objects" and isinstance(value, dict) and not is_empty(value.get("ref")):
+        return "its objects and boxes aren't put into texts; write them there, as the model is to say them"
+    return None
 
 
 def check_media(key: str, names: list[Any], where: str, shown: list[Any]) -> None:

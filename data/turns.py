@@ -12,7 +12,7 @@ from vlm.errors import UserError
 _ROLES = {**{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant"}
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_ROLE_KEYS, _TEXT_KEYS, _WEIGHT_KEYS = ("role", "from"), ("content", "value"), ("weight", "train")
+_ROLE_KEYS, _TEXT_KEYS, _WEIGHT_KEYS = ("role", "from"), ("content", "value"), ("weight", "train", "loss")
 _NAMES_OF_IMAGES = ("image", "image_url", "url", "path", "file_name", "base64")
 _FIRST_KIND = {"messages": "message", "llava": "turn"}
 

@@ -136,6 +136,23 @@ GOOD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["user: q", PLAIN[1]],
         [],
     ),
+    "ChartQA": ({"image": "1.jpg", "query": "q", "label": ["a"], "human_or_machine": 0}, PLAIN, ["1.jpg"]),
+    "MMMU": (
+        {
+            "question": "which? <image 1>",
+            "options": "['<image 2>', 'b']",
+            "answer": "B",
+            "image_1": "1.jpg",
+            "image_2": "2.jpg",
+            "image_3": None,
+            "explanation": "?",
+        },
+        [
+            "user: which? [0]\nA. [1]\nB. b\nAnswer with the option's letter from the given choices directly.",
+            "assistant: B",
+        ],
+        ["1.jpg", "2.jpg"],
+    ),
     "the answer that VQAv2 chose": (
         {"question": "q", "answers": [{"answer": "b"}] * 3, "multiple_choice_answer": "a"},
         ["user: q", PLAIN[1]],

@@ -30,6 +30,19 @@ def png() -> bytes:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unpaired preferences of messages": (
+        chat("q", label=False),
+        "the key label: it says whether the answer is a good one",
+    ),
+    "unpaired preferences of LLaMA-Factory": (chat("q", kto_tag=True), "the key kto_tag: it says whether the answer"),
+    "boxes beside messages": (
+        chat("where is <ref-object>?", objects={"ref": ["a dog"], "bbox": [[1, 2, 3, 4]]}),
+        "the key objects: its objects and boxes aren't put into texts",
+    ),
+    "a caption with a mark": (
+        {"image": "1.jpg", "text": "<image>a cube"},
+        "a caption with an <image> in it: '<image>a cube'",
+    ),
     "a video": (qa(video="1.mp4"), "the key video: it holds video or sound"),
     "videos beside messages": (chat("<video>q", videos=["1.mp4"]), "the key videos: it holds video or sound"),
     "an audio": (qa(audio={"path": "a.wav", "bytes": None}), "the key audio: it holds video or sound"),
@@ -76,7 +89,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unpaired preferences": (
         {"prompt": "q", "completion": "a", "label": False},
-        "label says whether the answer is a good one",
+        "the key label: it says whether the answer is a good one",
     ),
     "a part's weight": (
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]},
@@ -189,6 +202,8 @@ def test_keys_that_hold_nothing_lose_nothing(root: Path, empty: dict[str, Any]) 
 def test_keys_that_nothing_is_read_from_are_noted(root: Path) -> None:
     row = {"id": 7, "source": "web", "image": "1.jpg", "image_id": "x.jpg", "width": 4, **qa(caption="c"), "gone": None}
     assert set(read_row(row, "rows:3", root).ignored) == {"id", "source", "image_id", "width", "caption"}
+    row = qa(answers=["a"], solution="s", objects={"bbox": []}, prompt="p", image="1.jpg", label=3)
+    assert set(read_row(row, "rows:3", root).ignored) == {"answers", "solution", "objects", "prompt", "label"}
     row = chat([{"type": "image", "image": "1.jpg", "max_pixels": 9}, {"type": "text", "text": "q"}])
     row["messages"][1]["name"] = "bob"
     assert set(read_row(row, "rows:3", root).ignored) == {"max_pixels of a part", "name of a turn"}
