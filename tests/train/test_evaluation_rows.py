@@ -105,7 +105,16 @@ def test_controls_withhold_and_exchange_every_picture(folder: Path) -> None:
         for item, prompt in zip(found, shuffled, strict=True):
             assert len(prompt.images) == len(item.images)
             assert not {*prompt.images} & {*item.images}
+    # images that go together in one row are told apart in others
+    found = items(
+        folder, *(qa(images=[f"{n}.jpg", f"{n % 5 + 1}.jpg"]) for n in range(1, 6)), *(qa(image="1.jpg"), qa())
+    )
+    for item, prompt in zip(found, make_prompts(EXACT, found, "{question}", "shuffled", 3), strict=True):
+        assert not {*prompt.images} & {*item.images}
+    with pytest.raises(UserError, match="some images belong to too many of the items"):
+        make_prompts(EXACT, items(folder, *[qa(images=["1.jpg", "2.jpg"])] * 3), "{question}", "shuffled")
     shown = make_prompts(EXACT, found, "{question}")
+    blind = make_prompts(EXACT, found, "{question}", "blind")
     assert digest(shown) != digest(blind)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from vlm.errors import UserError
 
 CONTROLS = ("none", "blind", "shuffled")
 DRAWS = 64  # of a place to swap with, before all are looked at
+TRIES = 20  # to exchange the images of questions with several
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,42 +213,40 @@ def controlled_pictures(items: Sequence[Item], control: str, seed: int) -> list[
     slots: list[list[ImageRef | None]] = [[*item.images] or [None] for item in items]
     places = [
         (number, place)
-        for number, shown in enumerate(slots)
-        for place, image in enumerate(shown)
+        for number, some in enumerate(slots)
+        for place, image in enumerate(some)
         if not isinstance(image, MissingImage)
     ]
-    group = _companies(slots)
     numbers: dict[ImageRef | None, int] = {}
-    own = np.array([numbers.setdefault(group[slots[number][place]], len(numbers)) for number, place in places])
+    own = np.array([numbers.setdefault(slots[number][place], len(numbers)) for number, place in places])
     if len(numbers) < 2:
         raise UserError("--control shuffled needs at least two different images")
-    pictures: list[list[ImageRef | None]] = [[] for _ in numbers]
-    for image, first in group.items():
-        if first in numbers:
-            pictures[numbers[first]].append(image)
-    shown = [[*some] for some in slots]
-    for (number, place), which in zip(places, _shuffled(own, np.random.default_rng(seed)).tolist(), strict=True):
-        shown[number][place] = pictures[which][place % len(pictures[which])]
+    rng = np.random.default_rng(seed)
+    if len(places) > len({number for number, _ in places}):
+        taken = [{numbers[image] for image in slots[number] if image in numbers} for number, _ in places]
+        dealt = _exchanged(own, taken, rng)
+    else:
+        dealt = _shuffled(own, rng).tolist()
+    pictures, shown = list(numbers), [[*some] for some in slots]
+    for (number, place), which in zip(places, dealt, strict=True):
+        shown[number][place] = pictures[which]
     return [tuple(some) for some in shown]
 
 
-def _companies(slots: Sequence[Sequence[ImageRef | None]]) -> dict[ImageRef | None, ImageRef | None]:
-    """Of each image that is there the first one of those that occur with it, or with one that does, in a question."""
-    first: dict[ImageRef | None, ImageRef | None] = {}
-
-    def find(image: ImageRef | None) -> ImageRef | None:
-        while first[image] != image:
-            image = first[image]
-        return image
-
-    for some in slots:
-        there = [image for image in some if not isinstance(image, MissingImage)]
-        for image in there:
-            first.setdefault(image, image)
-            one, other = find(there[0]), find(image)
-            if one != other:
-                first[other] = one
-    return {image: find(image) for image in first}
+def _exchanged(own: np.ndarray, taken: Sequence[set[int]], rng: np.random.Generator) -> list[int]:
+    """A permutation of `own` that has at each place none of the numbers that are `taken` there, its own among them."""
+    for _ in range(TRIES):
+        found = rng.permutation(own).tolist()
+        for i, mine in enumerate(taken):
+            if found[i] not in mine:
+                continue
+            drawn = chain(rng.integers(len(found), size=DRAWS).tolist(), rng.permutation(len(found)).tolist())
+            j = next((j for j in drawn if found[j] not in mine and found[i] not in taken[j]), None)
+            if j is not None:
+                found[i], found[j] = found[j], found[i]
+        if all(one not in mine for one, mine in zip(found, taken, strict=True)):
+            return found
+    raise UserError("--control shuffled: some images belong to too many of the items to be exchanged")
 
 
 def _shuffled(own: np.ndarray, rng: np.random.Generator) -> np.ndarray:
