@@ -9,9 +9,10 @@ from data.marks import Turn, stands_alone
 from data.question_rows import most_frequent, read_question
 from data.records import IMAGE_PART, Record, make_record, text_part
 from data.row import Row
-from data.row_keys import Layout, check_unread, layout
+from data.row_keys import Layout, layout
 from data.rows_to_records import make_chat
 from data.turns import check_unread_of_part, read_turns
+from data.unread import check_media, check_pictureless, check_refused, suspects
 from vlm.errors import UserError
 
 CAPTION_PROMPT = "describe the picture."
@@ -62,9 +63,25 @@ def read_row(
     one.nulls = nulls
     if dropped:
         one.ignored.update(dropped)
-    if told.refused or told.unknown:
-        check_unread(row, told, where, one.pictures)
-    return ROW_FORMATS[name](one)
+    record = _read_all(one, ROW_FORMATS[name]) if told.refused or told.unknown else ROW_FORMATS[name](one)
+    if told.skipped and not record.images:
+        check_pictureless(row, told, where)
+    return record
+
+
+def _read_all(row: Row, read: Callable[[Row], Record]) -> Record:
+    """UserError for a key that carries media or meaning and isn't read: rather than for what is missing without it."""
+    check_refused(row.data, row.layout, row.where)
+    unread = suspects(row.data, row.layout)
+    try:
+        record = read(row)
+    except UserError:
+        for key, names in unread:
+            check_media(key, names, row.where, ())
+        raise
+    for key, names in unread:
+        check_media(key, names, row.where, record.images)
+    return record
 
 
 def _messages(row: Row) -> Record:

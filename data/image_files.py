@@ -11,12 +11,11 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from data.pictures import ImageBytes, ImageRef, ImageSlice, MissingImage
+from data.unread import BASE64
 from vlm.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w.+=-]+)*;base64,", re.IGNORECASE)
-# how JPEG, PNG, GIF and WebP begin in base64
-_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 _MOST_LISTED = 200_000  # files of a folder that are looked through for a name in another case
 
 
@@ -32,7 +31,7 @@ def find_picture(where: str, image: Any, root: Path, lenient: bool = False) -> I
         return image
     if isinstance(image, dict):
         image = _unfolded(where, image)
-    if isinstance(image, str) and (image.startswith("data:") or (image.startswith(_BASE64) and len(image) > 100)):
+    if isinstance(image, str) and (image.startswith("data:") or (image.startswith(BASE64) and len(image) > 100)):
         return _decoded(where, image)
     if not lenient:
         return find_image(where, image, root)

@@ -7,9 +7,10 @@ from data.choices import ask, letter_of, read_choices
 from data.marks import Turn
 from data.records import Record
 from data.row import Row, as_text, kind_of
-from data.row_keys import OTHERS, is_empty, meaning_of
+from data.row_keys import OTHERS, meaning_of
 from data.rows_to_records import make_chat
 from data.turns import read_turns
+from data.unread import is_empty
 from vlm.errors import UserError
 
 _YES_NO = ("yes", "no")

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from data.row_keys import Layout, is_empty
+from data.row_keys import Layout
+from data.unread import is_empty
 from vlm.errors import UserError
 
 _ASIDE = ("http://", "https://")

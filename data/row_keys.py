@@ -5,14 +5,9 @@ an error. What keys come to is worked out once for rows with the same keys.
 """
 
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
 from typing import Any
-
-from data.pictures import ImageBytes, ImageSlice
-from vlm.errors import UserError
 
 # What is read, and the spellings of it, the best one first, without case and separators.
 SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -52,10 +47,6 @@ _PICTURE = re.compile(
 _MEDIA_KEY = re.compile(
     r"(videos?|audios?|sounds?|speech|pointclouds?)(paths?|files?|filenames?|names?|urls?|bytes|frames)?\d*"
 )
-_MEDIA_NAME = re.compile(
-    r"\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic|mp4|avi|mov|mkv|webm|mpe?g|mp3|wav|flac|ogg|m4a)$",
-    re.IGNORECASE,
-)
 _PREFERENCE = "this is a preference row, of which one answer is better than another; such rows aren't answers to learn"
 _TOOLS = "calls of tools aren't learned; remove it, or the row"
 _THOUGHT = "thoughts are learned as part of an answer's text: write <think>...</think> before it, or remove the key"
@@ -76,7 +67,7 @@ REFUSED = {
     "history": "earlier turns belong to a question and its answer; rows of this kind have none",
     "system": "a system text belongs to a chat; rows of this kind have none",
 }
-_WEIGHTS = ("weight", "sampleweight", "lossweight", "lossscale")
+WEIGHTS = ("weight", "sampleweight", "lossweight", "lossscale")
 # read beside a row's leading keys
 _READ = {
     "messages": {"messages", "system", "captions", "answer"},
@@ -97,12 +88,14 @@ def plain_key(key: Any) -> str:
 class Layout:
     """What rows with the same keys are. format: None where `problem` says why; images: groups of keys that name
     pictures, the best group first, keys of a group in the order of their numbers; keys: of each meaning the row's keys,
-    the best first; unread: keys that nothing is read from; unknown: those of them whose values have to be looked at."""
+    the best first; unread: keys that nothing is read from: the values of `unknown` ones have to be looked at, and those
+    of `skipped` ones in rows without a picture."""
 
     format: str | None
     images: tuple[tuple[str, ...], ...] = ()
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
     letters: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     unread: frozenset[str] = frozenset()
     unknown: tuple[str, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
@@ -153,7 +146,7 @@ def layout(keys: tuple[str, ...], wanted: str | None = None) -> Layout:
         if key in used:
             continue
         name = plain_key(key)
-        if name in _WEIGHTS:
+        if name in WEIGHTS:
             refused.append((key, "rows can't weigh more or less than others; `weight` of a recipe's data is of all"))
         elif _MEANINGS.get(name, name) in REFUSED:
             refused.append((key, REFUSED[_MEANINGS.get(name, name)]))
@@ -162,7 +155,9 @@ def layout(keys: tuple[str, ...], wanted: str | None = None) -> Layout:
         else:
             (skipped if _is_id(name) else unknown).append(key)
     kept = {meaning: tuple(by_meaning[meaning]) for meaning in by_meaning if meaning in read}
-    return Layout(chosen, images, kept, letters, frozenset([*skipped, *unknown]), tuple(unknown), tuple(refused))
+    return Layout(
+        chosen, images, kept, letters, tuple(skipped), frozenset([*skipped, *unknown]), tuple(unknown), tuple(refused)
+    )
 
 
 def _is_labelled(meanings: dict[str, list[str]]) -> bool:
@@ -239,66 +234,3 @@ def _is_folder_key(key: str) -> bool:
 def _is_id(name: str) -> bool:
     """Whatever such a key holds, it isn't shown or said."""
     return name.endswith("id") or name in ("key", "index", "idx", "hash", "sha256", "md5", "phash")
-
-
-def is_empty(value: Any) -> bool:
-    """Nothing, as files write it."""
-    if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null")
-    if isinstance(value, (list, dict)):
-        return all(map(is_empty, value.values() if isinstance(value, dict) else value))
-    return value is None or value is False or value != value
-
-
-def media_names(value: Any, depth: int = 3) -> Iterator[Any]:
-    """What looks like a picture, a film or a sound in a value: names of files, or (as they are) bytes."""
-    if isinstance(value, str):
-        named = len(value) <= 512 and _MEDIA_NAME.search(value) and value.count(" ") < 4 and "\n" not in value
-        if named or value.startswith(("data:image/", "data:video/", "data:audio/")):
-            yield value
-    elif isinstance(value, (list, dict)):
-        for inner in islice(value.values() if isinstance(value, dict) else value, 16) if depth else ():
-            yield from media_names(inner, depth - 1)
-    elif isinstance(value, (bytes, ImageBytes, ImageSlice)):
-        yield value
-
-
-def check_unread(data: dict[str, Any], told: Layout, where: str, shown: Callable[[], list[Any]]) -> None:
-    """UserError for a key that isn't read and carries media or meaning. shown: the pictures that the row shows."""
-    for key, why in told.refused:
-        value = data[key]
-        if not is_empty(value) and not (plain_key(key) in _WEIGHTS and value in (1, "1")):
-            raise UserError(f"{where}: the key {key}: {why}")
-    for key in told.unknown:
-        value = data[key]
-        if type(value) in (int, float) or (type(value) is str and len(value) > 512):
-            continue
-        if (meant := _means_more(plain_key(key), value)) is not None:
-            raise UserError(f"{where}: the key {key}: {meant}")
-        if names := list(media_names(value)):
-            check_media(key, names, where, shown())
-
-
-def _means_more(name: str, value: Any) -> str | None:
-    """Why a row isn't what it seems with this value of a key that is harmless with others."""
-    if isinstance(value, bool) and name in ("label", "ktotag"):
-        return "it says whether the answer is a good one; such rows aren't answers to learn"
-    if name == "objects" and isinstance(value, dict) and not is_empty(value.get("ref")):
-        return "its objects and boxes aren't put into texts; write them there, as the model is to say them"
-    return None
-
-
-def check_media(key: str, names: list[Any], where: str, shown: list[Any]) -> None:
-    known = {_base(image) for image in shown}
-    for name in names:
-        elsewhere = isinstance(name, str) and name.startswith(("http://", "https://")) and shown
-        if not elsewhere and _base(name) not in known:
-            held = f"names {name[:80]!r}" if isinstance(name, str) else "holds a picture or bytes"
-            raise UserError(
-                f"{where}: the key {key} {held}, which isn't read; columns: {{image: {key}}} reads it as a picture, "
-                f"columns: {{ignore: {key}}} leaves it out"
-            )
-
-
-def _base(image: Any) -> str:
-    return str(image).replace("\\", "/").rpartition("/")[2]

@@ -6,7 +6,9 @@ from typing import Any
 
 from data.marks import Part, Placed, Shown, Turn, asked, resolve, split_text, stands_alone, texts_of
 from data.records import IMAGE_PART, ROLES, Message, text_part
-from data.row_keys import REFUSED, check_media, is_empty, is_picture_key, media_names, plain_key
+from data.row import kind_of
+from data.row_keys import REFUSED, is_picture_key, plain_key
+from data.unread import check_media, is_empty, media_names
 from vlm.errors import UserError
 
 _ROLES = {**{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant"}
@@ -44,7 +46,7 @@ def read_turns(given: Any, kind: str, where: str, ignored: set[str]) -> list[Tur
     """The turns of `messages` or (kind: llava) `conversations`. ignored: gets the keys that are left out."""
     noun, name = _FIRST_KIND[kind], "messages" if kind == "messages" else "conversations"
     if not isinstance(given, list):
-        raise UserError(f"{where}: {name} must be a list")
+        raise UserError(f"{where}: {name} must be a list, not {kind_of(given)}")
     turns = []
     for number, turn in enumerate(given, start=1):
         if type(turn) is dict and (keys := _keys_of(tuple(turn))).plain:  # most are, and rows are many

@@ -225,6 +225,11 @@ GOOD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["1.jpg"],
     ),
     "Qwen-VL": (chat("Picture 1: <img>1.jpg</img>\nq"), ["user: Picture 1: [0]\nq", PLAIN[1]], ["1.jpg"]),
+    "pictures in parts with their id beside": (
+        chat([{"type": "image", "image": "1.jpg"}, {"type": "text", "text": "q"}], image_id=7, original="x/1.jpg"),
+        PLAIN,
+        ["1.jpg"],
+    ),
     "Qwen-VL in LLaVA's rows": (talk("<img>1.jpg</img>q"), PLAIN, ["1.jpg"]),
     "ShareGPT with images and a system text": (
         talk("<image>q", images=["1.jpg"], system="s", tools="[]"),

@@ -55,6 +55,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"the key frames names '1\.jpg', which isn't read; columns: \{image: frames\}",
     ),
     "pictures in an object": (qa(meta={"source": {"file": "1.jpg"}}), "the key meta names '1.jpg'"),
+    "a picture by its number": (
+        qa(image_id=42),
+        r"the key image_id tells of a picture \('42'\), and the row names none",
+    ),
+    "a picture by its id": (chat("q", id="coco/1.jpg"), r"the key id names 'coco/1\.jpg', which isn't read"),
+    "base64": (qa(scan="/9j/" + "A" * 1000), "the key scan names '/9j/AAAA"),
+    "messages of text": ({"messages": "hi"}, "messages must be a list, not a text"),
     "bytes": (qa(thumbnail=ImageBytes(b"x", "y")), "the key thumbnail holds a picture or bytes"),
     "a data URL": (qa(scan="data:image/png;base64,AAAA"), "the key scan names 'data:image/png"),
     "two keys of pictures": (
