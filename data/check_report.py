@@ -26,6 +26,8 @@ def print_report(findings: Findings, console: Any) -> None:
     for name, said in figures(findings):
         rows.add_row(name, escape(said))
     console.print(rows)
+    if table.ignored:
+        console.print(f"ignored columns: {escape(listed_keys(table.ignored))}")
     if table.bad:
         broken = Table("rows", "what is wrong", "for example", box=None, pad_edge=False, header_style="bold red")
         found = list(kinds(table.bad).items())
@@ -69,8 +71,6 @@ def figures(findings: Findings) -> list[tuple[str, str]]:
     bad = f", {table.bad_images:,} broken" if table.bad_images else ""
     if len(table.headers):
         found.append(("images", f"{shown:,} shown, {len(table.headers):,} different, all headers read, {decoded}{bad}"))
-    if table.ignored:
-        found.append(("ignored", f"columns that nothing is read from: {listed_keys(table.ignored)}"))
     if told is None:
         found.append(("answers", f"{said_share(table):.0%} of all characters"))
         return found

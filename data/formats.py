@@ -20,11 +20,12 @@ SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 __all__ = ["CAPTION_PROMPT", "ROW_FORMATS", "SHORT_ANSWER", "most_frequent", "read_row", "row_format"]
 
 
-def row_format(row: Any) -> str | None:
-    """The name of a row's format."""
+def row_format(row: Any, wanted: str | None = None) -> str | None:
+    """The name of a row's format; wanted: the one that it is to be, where it may be several."""
     if not isinstance(row, dict):
         return None
-    return _name(row, layout(tuple(key for key, value in row.items() if value is not None)))
+    keys = tuple(key for key, value in row.items() if value is not None)
+    return _name(row, layout(keys, "documents" if wanted == "turns" else wanted))
 
 
 def _name(row: dict[str, Any], told: Layout) -> str | None:

@@ -9,7 +9,10 @@ from data.records import IMAGE_PART, text_part
 from vlm.errors import UserError
 
 Part = dict[str, Any]
-MARK = re.compile(r"<image>|<\|image\|>|<\|image_(?P<phi>\d+)\|>|<image[ _-]?(?P<number>\d+)>")
+MARK = re.compile(
+    r"<image>|<\|image\|>|<\|image_(?P<phi>\d+)\|>|<image[ _-]?(?P<number>\d+)>|<ImageHere>|<image_placeholder>"
+    r"|(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?"
+)
 NAMED = re.compile(r"<img>(?P<name>[^<>\n]+)</img>")
 _ALONE = re.compile(r"^[ \t]*(?:<image>[ \t]*)+$", re.MULTILINE)
 
@@ -60,9 +63,11 @@ def split_text(text: str, marks: bool) -> Placed:
         return Placed([text_part(text)], [])
     found.sort(key=lambda one: one[0].start())
     parts: list[Part] = []
-    start, eats = 0, False  # whether the mark before takes the line end behind it: those with a number or a name don't
-    for match, _ in found:
-        plain = match[0] in ("<image>", "<|image|>")
+    start, eats = 0, False  # whether the mark before takes the line end behind it
+    for match, shown in found:
+        # one with a number may be a word of a line, one with a name always is
+        alone = shown.number is not None and (not match.start() or text[match.start() - 1] == "\n")
+        plain = alone or (shown.number is None and shown.image is None)
         piece = text[start : match.start()]
         piece = piece.removeprefix("\n") if eats else piece
         piece = piece.removesuffix("\n") if plain else piece

@@ -113,7 +113,7 @@ class Source(ABC):
         found: dict[str, None] = {}
         for index in range(min(LOOKED_AT, len(self))):
             try:
-                name = row_format(self.named_row(index))
+                name = row_format(self.named_row(index), self.row_format)
             except UserError:
                 continue
             if name is not None:

@@ -163,7 +163,7 @@ def test_check_tells_rows_without_a_picture_and_columns_that_are_not_read(
     assert main(["data", "check", str(path)]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "5 good of 8; 1 without an image" in out
-    assert "columns that nothing is read from: id (5), source (4)" in out
+    assert "ignored columns: id (5), source (4)" in out
     assert f"{path}:6: {reason} {path}:7" in out
 
 
@@ -298,3 +298,18 @@ def test_headers_as_spreadsheets_write_them(folder: Path, content: bytes) -> Non
     assert meanings(source) == meanings(open_source(lines(folder / "own.jsonl", [qa(image="1.jpg")])))
     before = content.startswith(b"\n") or b"sep" in content
     assert source.where(0) == f"{folder}/rows.csv:{3 if before else 2}"
+
+
+def test_a_format_says_what_rows_are_that_may_be_several(folder: Path) -> None:
+    path = lines(folder / "rows.jsonl", [qa(image="1.jpg", caption="c")])
+    assert open_source(path)[0].messages[-1]["content"][0]["text"] == "a"
+    captions = open_source(path, format="captions")
+    assert (captions.format, captions[0].captions, set(captions[0].ignored)) == (
+        "captions",
+        ("c",),
+        {"question", "answer"},
+    )
+    with pytest.raises(UserError, match="its rows are qa, not llava"):
+        open_source(path, format="llava")
+    turns = lines(folder / "turns.jsonl", [ROWS[2]])
+    assert open_source(turns, format="turns").format == open_source(turns).format == "turns"

@@ -88,6 +88,13 @@ GOOD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["user: [0] or [1]?", PLAIN[1]],
         ["2.jpg", "1.jpg"],
     ),
+    "Phi's marks": (chat("<|image_1|>\nq", images=["1.jpg"]), PLAIN, ["1.jpg"]),
+    "Qwen2-VL's marks": (
+        chat("<|vision_start|><|image_pad|><|vision_end|>q", images=["1.jpg"]),
+        PLAIN,
+        ["1.jpg"],
+    ),
+    "DeepSeek-VL's marks": (chat("<image_placeholder>q", images=["1.jpg"]), PLAIN, ["1.jpg"]),
     "a mark that is a word": (qa(question="is <image> a tag?"), ["user: is <image> a tag?", PLAIN[1]], []),
     "query and response": ({"query": "<image>q", "response": "a", "images": ["1.jpg"]}, PLAIN, ["1.jpg"]),
     "query, response and history": (
@@ -283,6 +290,9 @@ def test_what_weighs_nothing_is_marked(root: Path) -> None:
         {"choices": ["x", "y", "z"], "answer": "(b)"},
         {"choices": ["x", "y", "z"], "answer": "y"},
         {"options": "['x', 'y', 'z']", "answer": "1"},
+        {"options": ["A. x", "B. y", "C. z"], "answer": "B"},
+        {"options": ["(A) x", "(B) y", "(C) z"], "answer": 1},
+        {"options": ["A. x", "B. y", "C. z"], "answer": "B. y"},
         {"options": {"A": "x", "B": "y", "C": "z"}, "answer": "B"},
         {"choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answer": "B"},
         {"A": "x", "B": "y", "C": "z", "D": None, "answer": "B"},
