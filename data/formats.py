@@ -96,7 +96,8 @@ def _messages(row: Row) -> Record:
         raise UserError(f"{row.where}: captions must be a list of texts, none empty")
     answers = row.value("answer") or []
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{row.where}: answers beside messages must be a list of texts")
+        row.ignored.add("answers")
+        answers = []
     return make_chat(row, turns, captions, answers)
 
 
