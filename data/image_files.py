@@ -92,7 +92,13 @@ def _find_quickly(image: str, root: Path) -> Path | None:
         return None
     path = f"{parent}/{name}"
     state = os.lstat(path)
-    return Path(path) if stat.S_ISREG(state.st_mode) and state.st_size else None
+    return _path(path) if stat.S_ISREG(state.st_mode) and state.st_size else None
+
+
+@lru_cache(maxsize=1 << 12)
+def _path(path: str) -> Path:
+    """Rows about one picture stand close together, and a Path takes as long to make as the look at its file."""
+    return Path(path)
 
 
 @lru_cache(maxsize=1 << 16)
