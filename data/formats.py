@@ -42,6 +42,13 @@ def read_row(
     """One parsed row -> Record; UserError with `where` for anything that isn't sound, and for a key that carries media
     or meaning and isn't read. format: what it has to be; columns: keys of other names; lenient: pictures that aren't
     there are `MissingImage`."""
+    try:
+        return _read(row, where, root, format, columns, lenient)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+
+
+def _read(row: Any, where: str, root: Path, format: str | None, columns: KeyMap, lenient: bool) -> Record:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row is an object, not {type(row).__name__}")
     dropped: tuple[str, ...] = ()

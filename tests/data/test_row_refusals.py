@@ -258,3 +258,16 @@ def test_a_file_url_of_the_folder_is_read_and_one_elsewhere_is_not(root: Path) -
     assert image == (root / "sub" / "4.jpg").resolve()
     with pytest.raises(UserError, match="lies outside the image folder"):
         read_row(qa(image="file:///etc/passwd"), "rows:3", root)
+
+
+@pytest.mark.parametrize("key", ["question", "tools", "answer", "image", "choices", "history", "system"])
+@pytest.mark.parametrize("depth", [50, 940, 100_000])
+def test_whatever_is_nested_deeply_is_one_error(root: Path, key: str, depth: int) -> None:
+    nested: Any = "1.jpg"
+    for _ in range(depth):
+        nested = [nested]
+    row = {"question": "q", "answer": "a", "image": "1.jpg"}
+    with pytest.raises(UserError, match=r"^rows:3: ") as error:
+        read_row({**row, key: nested}, "rows:3", root)
+    assert len(str(error.value)) < 1000
+    assert set(read_row({**row, "odd": nested}, "rows:3", root).ignored) == {"odd"}
