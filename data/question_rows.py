@@ -7,13 +7,14 @@ from data.choices import ask, letter_of, read_choices
 from data.marks import Turn
 from data.records import Record
 from data.row import Row, as_text, kind_of
-from data.row_keys import OTHERS, meaning_of
+from data.row_keys import OTHERS, meaning_of, plain_key
 from data.rows_to_records import make_chat
 from data.turns import read_turns
-from data.unread import is_empty
+from data.unread import check_media, is_empty, media_names
 from vlm.errors import UserError
 
 _YES_NO = ("yes", "no")
+_MADE = ("target", "output", "completion", "solution", "label", "groundtruth")  # which a picture may be, too
 
 
 def read_question(row: Row) -> Record:
@@ -30,9 +31,12 @@ def read_question(row: Row) -> Record:
     if key is None:
         raise UserError(f"{where}: no question in it (keys: {_keys(row)}); {OTHERS}")
     question = as_text(row.data[key], key, where)
+    if key in has.get("input", ()) or key in has.get("prompt", ()) or key in has.get("text", ()):
+        check_media(key, list(media_names(question)), where, ())
     if "input" in has and has["input"][0] != key and (more := row.text("input")) is not None:
+        check_media(has["input"][0], list(media_names(more)), where, ())
         question = f"{question}\n{more}"
-    if len(has) > 2:
+    if len(has) > 2 or len(has.get("question", ())) > 1:
         row.ignored.update(other for name in ("question", "instruction", "prompt") for other in has.get(name, ()))
         row.ignored.discard(key)
         if (context := row.text("context")) is not None:
@@ -63,6 +67,8 @@ def _answer(row: Row, asked: str) -> tuple[str, tuple[str, ...]]:
         found = f"{given} is {kind_of(row.data[given])}" if given is not None else found
         raise UserError(f"{where}: a question without an answer ({found}); {OTHERS}")
     value = row.data[key]
+    if plain_key(key) in _MADE:
+        check_media(key, list(media_names(value)), where, ())
     if asked in row.layout.keys.get("text", ()) and key in row.layout.keys.get("label", ()):
         text = as_text(value, key, where)
         if text.strip().lower() not in _YES_NO and "?" not in str(row.data[asked]):

@@ -175,10 +175,10 @@ def _kinds(has: dict[str, list[str]], pictured: bool, names: set[str]) -> list[s
         found.append("llava")
     if ("texts" in has and pictured) or ("text_list" in has and "image_info" in has):
         found += ["documents", "turns"] if "texts" in has else ["documents"]
-    answered = answered or (bool(has.get("label")) and "question" in has)
     asked = bool(has.keys() & {"question", "instruction"})
     if has.get("question") and plain_key(has["question"][0]) in ("user", "human") and not answered:
         asked = "instruction" in has  # a column of names
+    answered = answered or (asked and "label" in has)
     preferred = has.keys() & {"prompt", "input"} and names & {"chosen", "rejected"}
     asked = asked or bool(preferred) or (answered and bool(has.keys() & {"prompt", "input", "text"}))
     if asked or (_is_labelled(has) and pictured):

@@ -48,7 +48,7 @@ def check_refused(data: dict[str, Any], told: Layout, where: str) -> None:
         if not is_empty(value) and not (plain_key(key) in WEIGHTS and value in (1, "1")):
             raise UserError(f"{where}: the key {key}: {why}; columns: {{ignore: {key}}} leaves it out")
     for key in told.unknown:
-        if (meant := _means_more(plain_key(key), data[key])) is not None:
+        if (meant := _means_more(plain_key(key), data[key], told.format)) is not None:
             raise UserError(f"{where}: the key {key}: {meant}; columns: {{ignore: {key}}} leaves it out")
 
 
@@ -73,9 +73,9 @@ def check_pictureless(data: dict[str, Any], told: Layout, where: str) -> None:
         check_media(key, list(media_names(data[key])), where, ())
 
 
-def _means_more(name: str, value: Any) -> str | None:
+def _means_more(name: str, value: Any, kind: str | None) -> str | None:
     """Why a row isn't what it seems with this value of a key that is harmless with others."""
-    if isinstance(value, bool) and name in ("label", "ktotag"):
+    if isinstance(value, bool) and name in ("label", "ktotag") and kind in ("messages", "llava", "qa"):
         return "it says whether the answer is a good one; such rows aren't answers to learn"
     if name == "objects" and isinstance(value, dict) and not is_empty(value.get("ref")):
         return "its objects and boxes aren't put into texts; write them there, as the model is to say them"

@@ -43,6 +43,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"image": "1.jpg", "text": "<image>a cube"},
         "a caption with an <image> in it: '<image>a cube'",
     ),
+    "a picture as the input": (
+        {"instruction": "describe", "input": "1.jpg", "output": "a"},
+        r"the key input names '1\.jpg'",
+    ),
+    "a picture as the question": ({"input": "1.jpg", "output": "a"}, r"the key input names '1\.jpg', which isn't read"),
+    "a picture to be made": (
+        {"image": "1.jpg", "instruction": "make it blue", "target": "2.jpg"},
+        r"the key target names '2\.jpg', which isn't read",
+    ),
     "a video": (qa(video="1.mp4"), "the key video: it holds video or sound"),
     "videos beside messages": (chat("<video>q", videos=["1.mp4"]), "the key videos: it holds video or sound"),
     "an audio": (qa(audio={"path": "a.wav", "bytes": None}), "the key audio: it holds video or sound"),
@@ -209,6 +218,11 @@ def test_keys_that_hold_nothing_lose_nothing(root: Path, empty: dict[str, Any]) 
 def test_keys_that_nothing_is_read_from_are_noted(root: Path) -> None:
     row = {"id": 7, "source": "web", "image": "1.jpg", "image_id": "x.jpg", "width": 4, **qa(caption="c"), "gone": None}
     assert set(read_row(row, "rows:3", root).ignored) == {"id", "source", "image_id", "width", "caption"}
+    assert set(read_row(qa(user="bob"), "rows:3", root).ignored) == {"user"}
+    assert set(read_row({"image": "1.jpg", "caption": "c", "user": "bob", "label": True}, "", root).ignored) == {
+        "user",
+        "label",
+    }
     row = qa(answers=["a"], solution="s", objects={"bbox": []}, prompt="p", image="1.jpg", label=3)
     assert set(read_row(row, "rows:3", root).ignored) == {"answers", "solution", "objects", "prompt", "label"}
     row = chat([{"type": "image", "image": "1.jpg", "max_pixels": 9}, {"type": "text", "text": "q"}])
