@@ -180,9 +180,9 @@ def test_a_document_is_its_text_and_images_in_order_all_text_learned(
 
 
 def test_a_document_begins_as_its_tokenizer_does(processor: VisionLanguageProcessor) -> None:
-    from copy import copy
+    from copy import deepcopy
 
-    tokenizer = copy(processor.tokenizer)
+    tokenizer = deepcopy(processor.tokenizer)  # a shallow copy shares its special tokens
     tokenizer.bos_token = tokenizer.pad_token
     chat = ChatEncoder(tokenizer, None, IMAGE_TOKEN)
     made = encode_record(document("a"), chat, 9, "all", np.random.default_rng(0))
