@@ -1,5 +1,6 @@
 """`vlm data check`: everything that can be known of rows and their images before money is spent on them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,7 +55,9 @@ class Alike:
 @dataclass(frozen=True)
 class Table:
     """All that is known of a source. rows: ROW; shown: SHOWN; first: for each distinct image, which of `shown` shows it
-    first; headers: HEADER and looks: SEEN of each distinct image; decoded: which of them were."""
+    first; headers: HEADER and looks: SEEN of each distinct image; decoded: which of them were; ignored: how many good
+    rows
+    have each key that nothing is read from."""
 
     source: Source
     rows: Numbers
@@ -65,6 +68,7 @@ class Table:
     decoded: Numbers
     bad: list[BadRow]
     bad_images: int
+    ignored: dict[str, int]
 
     def place(self, image: int) -> Place:
         shown = self.shown[self.first[image]]
@@ -189,7 +193,11 @@ def examine(source: Source, spec: "ModelSpec | None", decode_all: bool, workers:
             reasons.setdefault(row, broken[image])
         rows["good"][list(reasons)] = False
     bad_rows = [BadRow(source.where(number), reasons[number], number) for number in sorted(reasons)]
-    return Table(source, rows, shown, first, headers, looks, decoded, bad_rows, len(broken))
+    ignored: Counter[str] = Counter()
+    for part in parts:
+        ignored.update(part.ignored)
+    told = dict(sorted(ignored.items(), key=lambda item: (-item[1], item[0])))
+    return Table(source, rows, shown, first, headers, looks, decoded, bad_rows, len(broken), told)
 
 
 def compare(table: Table, other: Table, number: int) -> Compared:
@@ -276,7 +284,7 @@ def _groups(values: Numbers) -> tuple[list[list[int]], int]:
 
 def _have_ids(source: Source) -> bool:
     """Whether one of the first rows has one, where rows are what is read of them."""
-    if type(source).__getitem__ is not Source.__getitem__:
+    if type(source).read is not Source.read:
         return False
     for number in range(min(20, len(source))):
         try:

@@ -134,6 +134,10 @@ def as_json(findings: Findings) -> dict[str, Any]:
         "bad_rows": [{"where": row.where, "reason": row.reason} for row in table.bad],
         "format": table.source.format,
         "reasons": {name: len(rows) for name, rows in kinds(table.bad).items()},
+        "examples": {
+            name: {"where": rows[0].where, "reason": rows[0].reason} for name, rows in kinds(table.bad).items()
+        },
+        "ignored": table.ignored,
         "messages": int(good["turns"].sum()),
         "text_only": int(np.sum(good["images"] == 0)),
         "images": {

@@ -11,7 +11,7 @@ import jinja2
 from data.bad import kinds
 from data.check import Alike, Findings, Shown
 from data.check_figures import Histogram, histograms, longest
-from data.check_report import figures, number, warnings
+from data.check_report import figures, listed_keys, number, warnings
 from data.pictures import load_image
 from data.sources import Source
 from vlm.errors import UserError
@@ -32,6 +32,8 @@ _pages = jinja2.Environment(
 def write_page(findings: Findings, path: Path) -> None:
     """Written aside and renamed, so that a page that is there is whole."""
     sources = [findings.table.source, *findings.others]
+    keys = findings.table.ignored
+    ignored = [("ignored columns", listed_keys(keys, len(keys)))] if keys else []
     page = _pages.get_template("check.html").render(
         title=f"Check of {findings.table.source.path.name}",
         path=findings.table.source.path,
@@ -39,7 +41,7 @@ def write_page(findings: Findings, path: Path) -> None:
         rows=findings.num_rows,
         num_bad=len(findings.table.bad),
         share=findings.bad_share,
-        figures=figures(findings),
+        figures=[*figures(findings), *ignored],
         warnings=warnings(findings),
         kinds=[(name, len(bad), bad[:MOST_ROWS]) for name, bad in kinds(findings.table.bad).items()],
         bars=[(bars, draw(bars)) for bars in histograms(findings)],

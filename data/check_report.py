@@ -2,16 +2,17 @@
 
 from typing import Any
 
-from data.bad import kinds
+from rich.markup import escape
+
+from data.bad import Bad, kinds
 from data.check import Findings
 from data.check_figures import Histogram, histograms, lengths, longest, said_share
 
-MOST_KINDS, MOST_ROWS, MOST_LONGEST = 12, 3, 5
+MOST_KINDS, MOST_ROWS, MOST_LONGEST, MOST_KEYS = 12, 3, 5, 20
 BAR, MOST_BARS = 24, 10
 
 
 def print_report(findings: Findings, console: Any) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = findings.table
@@ -25,11 +26,13 @@ def print_report(findings: Findings, console: Any) -> None:
     for name, said in figures(findings):
         rows.add_row(name, escape(said))
     console.print(rows)
+    if table.ignored:
+        console.print(f"ignored columns: {escape(listed_keys(table.ignored))}")
     if table.bad:
         broken = Table("rows", "what is wrong", "for example", box=None, pad_edge=False, header_style="bold red")
         found = list(kinds(table.bad).items())
         for name, bad in found[:MOST_KINDS]:
-            examples = "\n".join(escape(row.where) for row in bad[:MOST_ROWS])
+            examples = "\n".join([*example(name, bad[0]), *(escape(row.where) for row in bad[1:MOST_ROWS])])
             more = f"\n… {len(bad) - MOST_ROWS:,} more" if len(bad) > MOST_ROWS else ""
             broken.add_row(f"{len(bad):,}", escape(name), examples + more)
         console.print()
@@ -45,6 +48,17 @@ def print_report(findings: Findings, console: Any) -> None:
             console.print(f"{length:>12,}  {escape(where)}")
     for line in warnings(findings):
         console.print(f"[yellow]warning[/] {escape(line)}")
+
+
+def example(name: str, row: Bad) -> list[str]:
+    """Where a row of this kind is, with its own reason where the kind's name lacks names and numbers of it."""
+    return [escape(row.where)] if row.reason == name else [f"{escape(row.where)}: {escape(row.reason)}"]
+
+
+def listed_keys(ignored: dict[str, int], most: int = MOST_KEYS) -> str:
+    """Keys with how many rows have them, the most frequent first."""
+    told = ", ".join(f"{key} ({count:,})" for key, count in [*ignored.items()][:most])
+    return told + (f" and {len(ignored) - most} more" if len(ignored) > most else "")
 
 
 def figures(findings: Findings) -> list[tuple[str, str]]:

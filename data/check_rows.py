@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.formats import read_row
 from data.looks import look
 from data.pictures import ImageBytes, ImageRef, image_size, load_image, read_bytes
 from data.records import Record
@@ -34,11 +33,12 @@ Place = tuple[int, int]  # number of a row, and which of its images
 @dataclass(frozen=True)
 class Rows:
     """rows: of type ROW, one for each row; shown: of type SHOWN, one for each image of the good rows; bad: the number
-    of each other row, and what is wrong with it."""
+    of each other row, and what is wrong with it; ignored: how many rows have each key that nothing is read from."""
 
     rows: Numbers
     shown: Numbers
     bad: list[tuple[int, str]]
+    ignored: dict[str, int]
 
 
 class Checker:
@@ -59,13 +59,14 @@ class Checker:
         keys: list[bytes] = []
         bad: list[tuple[int, str]] = []
         told: list[Any] = []
+        ignored: dict[str, int] = {}
         for number in range(start, stop):
             name = 0
             try:
                 if self.ids:
                     row = self.source.row(number)
                     name = _id(row)
-                    record = read_row(row, self.source.where(number), self.source.images, self.source.row_format)
+                    record = self.source.record(row, self.source.where(number))
                 else:
                     record = self.source[number]
                 length = self._measure(record, number)
@@ -73,6 +74,8 @@ class Checker:
                 bad.append((number, self._reason(error, number)))
                 told.append((False, 0, 0, 0, 0, 0, name, getattr(error, "tokens", 0), 0, 0, 0))
                 continue
+            for key in record.ignored:
+                ignored[key] = ignored.get(key, 0) + 1
             names = [os.fspath(image) if isinstance(image, Path) else str(image) for image in record.images]
             words, characters, said = _words(record)
             same = "\x1e".join([*words, *names, *record.captions])
@@ -96,7 +99,7 @@ class Checker:
         if places:
             shown["row"], shown["place"] = np.array(places).T
             shown["key"] = np.frombuffer(b"".join(keys), "<u8")
-        return Rows(rows, shown, bad)
+        return Rows(rows, shown, bad, ignored)
 
     def headers(self, places: Sequence[Place]) -> tuple[Numbers, list[tuple[int, str]]]:
         """HEADER of each image, and the number in `places` of those that are none, with the reason."""

@@ -6,8 +6,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from data.formats import read_row
 from data.index import fingerprint
+from data.key_map import KeyMap
 from data.pictures import ImageBytes
 from data.records import Record, find_image
 from data.rows import Source, image_folder
@@ -31,17 +31,18 @@ class Columns(Source):
         images: Path | None = None,
         row_format: str | None = None,
         split: str = "",
+        columns: KeyMap = (),
     ) -> None:
         """files: Parquet or Arrow files, or one folder of `save_to_disk`; none for an id of the hub."""
         self._data = open_columns(path, files, split)
-        super().__init__(path, images or image_folder_of(path, files), row_format)
+        super().__init__(path, images or image_folder_of(path, files), row_format, columns)
         self._files, self.split, self.format = files, split, "hf"
         self._name = named(path, split)
         if not len(self):
             raise UserError(f"{path}: no rows in it")
 
     def __reduce__(self) -> tuple[type[Source], tuple[Any, ...]]:
-        return type(self), (self.path, self._files, self.images, self.row_format, self.split)
+        return type(self), (self.path, self._files, self.images, self.row_format, self.split, self.columns)
 
     def files(self) -> list[Path]:
         return self._files
@@ -93,10 +94,9 @@ class Columns(Source):
             raise UserError(f"{self.where(index)}: no image in it")
         return find_image(self.where(index), found, self.images).read_bytes()
 
-    def __getitem__(self, index: int) -> Record:
+    def read(self, index: int, lenient: bool = False) -> Record:
         where = self.where(index)
-        row = unfold_row(self.row(index), self._folded, where)
-        return read_row(row, where, self.images, self.row_format)
+        return self.record(unfold_row(self.row(index), self._folded, where), where, lenient)
 
     @cached_property
     def _folded(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ from vlm.arguments import completed, natural, positive, share
 
 if TYPE_CHECKING:
     from data.check_model import ModelSpec
+    from data.key_map import KeyMap
 
 WIDE = 1000  # columns where no terminal has fewer: a file's line isn't broken
 
@@ -41,6 +42,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("messages", "webdataset"), default="messages")
     parser.add_argument("--format", help="what SOURCE is, where it isn't found rightly (an unknown one lists all)")
     parser.add_argument("--images", type=Path, help="the folder that SOURCE's image paths are relative to")
+    _add_columns(parser)
     parser.add_argument("--shard-size", type=positive, default=1000, help="samples of a shard (default 1000)")
     parser.add_argument("--workers", type=natural, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--max-bad", type=share, default=0.0, help="broken rows to accept: 0.005 or 0.5%% (default 0)")
@@ -54,7 +56,7 @@ def _convert(options: argparse.Namespace) -> int:
     from vlm.errors import UserError
     from vlm.threads import usable_cores
 
-    source = open_source(options.source, options.images, options.format, whole=False)
+    source = open_source(options.source, options.images, options.format, False, _columns(options))
     print(f"{options.source}: {len(source)} rows of {source.format}")
     size = options.shard_size if options.to == "webdataset" else None
     workers = usable_cores() if options.workers is None else options.workers
@@ -101,6 +103,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a file or folder of rows, or a data set of the hub")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image paths are relative to")
     parser.add_argument("--format", help="what the rows are, where that isn't found rightly")
+    _add_columns(parser)
     parser.add_argument("--model", help="a model, or a language model that is to become one")
     parser.add_argument(
         "--image-tokens",
@@ -111,6 +114,22 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=KEY",
+        help="keys of rows by other names: image=picture question=q answer=a; image=left+right; ignore=KEY",
+    )
+
+
+def _columns(options: argparse.Namespace) -> "KeyMap":
+    from data.key_map import read_key_map
+
+    return read_key_map(options.columns, "--columns")
+
+
 def _check(options: argparse.Namespace) -> int:
     import json
     import sys
@@ -118,7 +137,7 @@ def _check(options: argparse.Namespace) -> int:
     from data.check import check_source
     from data.sources import open_source
 
-    source = open_source(options.source, options.images, options.format, whole=False)
+    source = open_source(options.source, options.images, options.format, False, _columns(options))
     against = [open_source(path, options.against_images) for path in options.against]
     findings = check_source(source, _spec(options, options.context), options.decode_all, against, options.workers)
     if options.report is not None:
@@ -147,7 +166,7 @@ def _show(options: argparse.Namespace) -> int:
     from data.show import show_row
     from data.sources import open_source
 
-    source = open_source(options.source, options.images, options.format, whole=False)
+    source = open_source(options.source, options.images, options.format, False, _columns(options))
     show_row(source, options.number, _spec(options), options.save, options.draw)
     return 0
 

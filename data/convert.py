@@ -1,5 +1,6 @@
 """`vlm data convert`: any source as canonical JSONL or WebDataset shards, in parts that a killed run keeps."""
 
+import base64
 import errno
 import io
 import json
@@ -88,8 +89,10 @@ class Job:
         """What finished parts hold for: of another source or another plan they're of no use."""
         files = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in self.source.files()]
         images = str(self.source.images.absolute())
-        told = (self.source.format, images, len(self.source), self.to, self.size)
-        return dict(zip(("files", "format", "images", "rows", "to", "size"), (files, *told), strict=True))
+        columns = [[name, list(keys)] for name, keys in self.source.columns]
+        told = (self.source.format, images, len(self.source), columns, self.to, self.size)
+        names = ("files", "format", "images", "rows", "columns", "to", "size")
+        return dict(zip(names, (files, *told), strict=True))
 
 
 def convert(source: Source, out: Path, to: Target = "messages", size: int | None = None, workers: int = 0) -> Converted:
@@ -142,7 +145,8 @@ def _prepare(job: Job) -> None:
 
 
 class Lines:
-    """Rows one a line; images that the source itself holds are copied beside, named by their content."""
+    """Rows one a line; images that the source itself holds are copied beside, named by their content. Those that a row
+    of text holds (data URLs) stay in it, as others keep their folder."""
 
     def __init__(self, job: Job, path: Path) -> None:
         self.job, self.file = job, path.open("wb")
@@ -158,7 +162,9 @@ class Lines:
             names = [_copy(image, self.job.out.parent / "images") for image in record.images]
         else:
             root = self.job.source.images.resolve()
-            names = [str(image.relative_to(root)) for image in record.images if isinstance(image, Path)]
+            names = [
+                str(image.relative_to(root)) if isinstance(image, Path) else _data_url(image) for image in record.images
+            ]
         self.file.write(as_line(record, names))
 
 
@@ -192,7 +198,7 @@ def as_line(record: Record, names: list[str]) -> bytes:
     rest = iter(names)
     messages = [
         {
-            "role": message["role"],
+            **message,
             "content": [
                 {**part, "image": next(rest)} if part["type"] == "image" else part for part in message["content"]
             ],
@@ -205,6 +211,8 @@ def as_line(record: Record, names: list[str]) -> bytes:
         row = {"images": [part.get("image") for part in parts], "texts": [part.get("text") for part in parts]}
     elif record.captions:
         row["captions"] = record.captions
+    if record.answers:
+        row["answers"] = record.answers
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -215,6 +223,11 @@ def _read(image: ImageRef) -> tuple[bytes, str]:
     """An image's bytes and the suffix that fits them. UserError for what is no image by its header."""
     data = read_bytes(image)
     return data, f".{image_format(data, str(image)).lower().replace('jpeg', 'jpg')}"
+
+
+def _data_url(image: ImageRef) -> str:
+    data = read_bytes(image)
+    return f"data:image/{image_format(data, str(image)).lower()};base64,{base64.b64encode(data).decode()}"
 
 
 def _copy(image: ImageRef, folder: Path) -> str:

@@ -71,7 +71,11 @@ def encode_record(
         last = len(messages) - 1
         said = [learned and whose == last for learned, whose in zip(said, tokens.messages, strict=True)]
     elif train_on == "all":
-        said = [token != chat.image_token_id for token in tokens.input_ids]
+        muted = {number for number, message in enumerate(messages) if message.get("weight") == 0}
+        said = [
+            token != chat.image_token_id and whose not in muted
+            for token, whose in zip(tokens.input_ids, tokens.messages, strict=True)
+        ]
     return _example(record, tokens.input_ids, said, len(record.messages) - len(messages), placeholders, rng)
 
 

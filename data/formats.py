@@ -1,190 +1,184 @@
 """Rows of the formats that people have -> Records. The format of a row is read off its keys."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.records import IMAGE_PART, ROLES, Message, Record, make_record, text_part
+from data.key_map import KeyMap, renamed
+from data.marks import Turn, stands_alone
+from data.question_rows import most_frequent, read_question
+from data.records import IMAGE_PART, Record, make_record, text_part
+from data.row import Row
+from data.row_keys import Layout, layout
+from data.rows_to_records import make_chat
+from data.turns import check_unread_of_part, read_turns
+from data.unread import check_media, check_pictureless, check_refused, suspects
 from vlm.errors import UserError
 
 CAPTION_PROMPT = "describe the picture."
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
-_LLAVA_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+__all__ = ["CAPTION_PROMPT", "ROW_FORMATS", "SHORT_ANSWER", "most_frequent", "read_row", "row_format"]
 
 
-def row_format(row: Any) -> str | None:
-    """The name of a row's format."""
-    if isinstance(row, dict):
-        for key, (name, beside) in _KEYS.items():
-            if key in row and (not beside or beside in row):
-                return name
-    return None
+def row_format(row: Any, wanted: str | None = None) -> str | None:
+    """The name of a row's format; wanted: the one that it is to be, where it may be several."""
+    if not isinstance(row, dict):
+        return None
+    keys = tuple(key for key, value in row.items() if value is not None)
+    return _name(row, layout(keys, "documents" if wanted == "turns" else wanted))
 
 
-def read_row(row: Any, where: str, root: Path, format: str | None = None) -> Record:
-    """One parsed row -> Record; UserError with `where` for anything that isn't sound. format: what it has to be."""
+def _name(row: dict[str, Any], told: Layout) -> str | None:
+    if told.format == "documents" and told.keys.get("texts"):
+        texts = row.get(told.keys["texts"][0])
+        if isinstance(texts, list) and any(isinstance(text, dict) for text in texts):
+            return "turns"
+    return told.format
+
+
+def read_row(
+    row: Any, where: str, root: Path, format: str | None = None, columns: KeyMap = (), lenient: bool = False
+) -> Record:
+    """One parsed row -> Record; UserError with `where` for anything that isn't sound, and for a key that carries media
+    or meaning and isn't read. format: what it has to be; columns: keys of other names; lenient: pictures that aren't
+    there are `MissingImage`."""
+    try:
+        return _read(row, where, root, format, columns, lenient)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply") from None
+
+
+def _read(row: Any, where: str, root: Path, format: str | None, columns: KeyMap, lenient: bool) -> Record:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row is an object, not {type(row).__name__}")
-    name = row_format(row)
+    dropped: tuple[str, ...] = ()
+    if columns:
+        row, dropped = renamed(row, columns)
+    nulls: tuple[str, ...] = ()
+    if None in row.values():
+        nulls = tuple(key for key, value in row.items() if value is None)
+        row = {key: value for key, value in row.items() if value is not None}
+    keys = tuple(row)
+    told = layout(keys, "documents" if format == "turns" else format)
+    name = _name(row, told)
     if name is None:
-        keys = ", ".join(map(str, row))[:200] or "none"
-        raise UserError(f"{where}: unknown kind of row (keys: {keys}); known: {', '.join(_KEYS)}")
+        raise UserError(f"{where}: {told.problem}")
     if format is not None and name != format:
         raise UserError(f"{where}: a row of {name}, where {format} is read")
-    return ROW_FORMATS[name](row, where, root)
+    if name == "turns":
+        told = layout(keys, "turns")
+    one = Row(row, where, root, told, lenient)
+    one.nulls = nulls
+    if dropped:
+        one.ignored.update(dropped)
+    record = _read_all(one, ROW_FORMATS[name]) if told.refused or told.unknown else ROW_FORMATS[name](one)
+    if told.skipped and not record.images:
+        check_pictureless(row, told, where)
+    return record
 
 
-def _messages(row: dict[str, Any], where: str, root: Path) -> Record:
+def _read_all(row: Row, read: Callable[[Row], Record]) -> Record:
+    """UserError for a key that carries media or meaning and isn't read: rather than for what is missing without it."""
+    check_refused(row.data, row.layout, row.where)
+    unread = suspects(row.data, row.layout)
+    try:
+        record = read(row)
+    except UserError:
+        for key, names in unread:
+            check_media(key, names, row.where, ())
+        raise
+    for key, names in unread:
+        check_media(key, names, row.where, record.images)
+    return record
+
+
+def _messages(row: Row) -> Record:
     """{"messages": [{"role", "content": text or [{"type": "text", "text"}, {"type": "image", "image"}]}]}
 
-    Image parts without a name take the next of the row's "images"; "captions" are answers as right as the last one.
+    Image parts without a name take the next of the row's pictures; "captions" are answers as right as the last one.
     """
-    if not isinstance(row["messages"], list):
-        raise UserError(f"{where}: messages must be a list")
-    given = row.get("images") or []
-    if not isinstance(given, list):
-        raise UserError(f"{where}: images must be a list, not {type(given).__name__}")
-    rest = iter(given)
-    images: list[Any] = []
-    messages: list[Message] = []
-    for number, message in enumerate(row["messages"], start=1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise UserError(f"{where}: message {number} needs a role of {', '.join(ROLES)}")
-        content = _parts(message.get("content"), f"{where}: message {number}", images, rest)
-        messages.append({"role": message["role"], "content": content})
-    images += rest  # to be missed by a placeholder
-    captions = row.get("captions") or []
+    turns = read_turns(row.data[row.layout.keys["messages"][0]], "messages", row.where, row.ignored)
+    captions: Any = next((row.data[key] for key in row.layout.keys.get("captions", ())), [])
     if not isinstance(captions, list) or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise UserError(f"{where}: captions must be a list of texts, none empty")
-    return make_record(where, messages, images, root, captions)
+        raise UserError(f"{row.where}: captions must be a list of texts, none empty")
+    answers = row.value("answer") or []
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        row.ignored.add("answers")
+        answers = []
+    return make_chat(row, turns, captions, answers)
 
 
-def _parts(content: Any, where: str, images: list[Any], rest: Iterator[Any]) -> list[dict[str, str]]:
-    if isinstance(content, str):
-        return [text_part(content)]
-    if not isinstance(content, list):
-        raise UserError(f"{where}: content must be text or a list of parts, not {type(content).__name__}")
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            named = part.get("image")
-            images.append(next(rest, None) if named is None else named)
-            parts.append(IMAGE_PART)
-        elif kind == "text" and isinstance(part.get("text"), str):
-            parts.append(text_part(part["text"]))
-        else:
-            raise UserError(f"{where}: a part is of type text (with a text) or image, got {str(part)[:80]}")
-    return parts
-
-
-def _llava(row: dict[str, Any], where: str, root: Path) -> Record:
+def _llava(row: Row) -> Record:
     """LLaVA: {"image": path or list, "conversations": [{"from": human|gpt, "value": "<image>\\n..."}]}
 
     An image stays where its mark stands; LLaVA's own loader moves it to the front of its turn.
     """
-    images = _images(row)
-    messages: list[Message] = []
-    if not isinstance(row["conversations"], list):
-        raise UserError(f"{where}: conversations must be a list")
-    for number, turn in enumerate(row["conversations"], start=1):
-        try:
-            role, text = _LLAVA_ROLES[turn["from"]], turn["value"]
-        except (KeyError, TypeError):
-            role, text = "", None
-        if not isinstance(text, str):
-            raise UserError(f"{where}: turn {number} needs a 'from' of human or gpt and a text 'value'")
-        content = _split_marks(text) if role == "user" else [text_part(text)]
-        messages.append({"role": role, "content": content})
-    return make_record(where, messages, images, root)
+    turns = read_turns(row.data[row.layout.keys["conversations"][0]], "llava", row.where, row.ignored)
+    return make_chat(row, turns, place=False)
 
 
-def _split_marks(text: str) -> list[dict[str, str]]:
-    if "<image>" not in text:
-        return [text_part(text)]
-    parts: list[dict[str, str]] = []
-    first, *pieces = text.split("<image>")
-    pieces = [first, *(piece.removeprefix("\n") for piece in pieces)]
-    for position, piece in enumerate(pieces):
-        if position:
-            parts.append(IMAGE_PART)
-        if piece := piece if position == len(pieces) - 1 else piece.removesuffix("\n"):
-            parts.append(text_part(piece))
-    return parts
-
-
-def _captions(row: dict[str, Any], where: str, root: Path) -> Record:
+def _captions(row: Row) -> Record:
     """{"image", "caption": text} or {"image", "captions": [text, ...]}; "text" is a caption in image folders."""
-    captions = row.get("captions", row.get("caption", row.get("text")))
+    where, keys = row.where, row.layout.keys
+    key = next(key for meaning in ("captions", "text") for key in keys.get(meaning, ()))
+    captions = row.data[key]
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise UserError(f"{where}: captions must be one text or a list of them, none empty")
-    prompt = CAPTION_PROMPT if row.get("prompt") is None else row["prompt"]
-    if not isinstance(prompt, str):
-        raise UserError(f"{where}: prompt must be a text, not {type(prompt).__name__}")
-    messages = [
-        {"role": "user", "content": [IMAGE_PART, text_part(prompt)]},
-        {"role": "assistant", "content": [text_part(captions[0])]},
-    ]
-    return make_record(where, messages, [row.get("image", row.get("file_name"))], root, captions)
+    if any("<" in caption and (stands_alone(caption) or caption.startswith("<image>")) for caption in captions):
+        raise UserError(f"{where}: a caption with an <image> in it: {captions[0][:80]!r}; a picture isn't said")
+    if "captions" in keys:
+        row.ignored.update(keys.get("text", ()))
+    prompt = row.key("prompt")
+    asked = CAPTION_PROMPT if prompt is None else row.data[prompt]
+    if not isinstance(asked, str):
+        raise UserError(f"{where}: prompt must be a text, not {type(asked).__name__}")
+    images = row.pictures()
+    if len(images) != 1:
+        raise UserError(
+            f"{where}: a caption belongs to one image, and the row names {len(images)} (keys: {_keys(row)})"
+        )
+    return make_chat(row, [Turn("user", asked), Turn("assistant", captions[0])], captions)
 
 
-def _question(row: dict[str, Any], where: str, root: Path) -> Record:
-    """{"image" (optional, or "images"), "question", "answer" or "answers"}
-
-    Of several people's answers the most frequent one is learned, the first of these where there are several.
-    """
-    question, answer = row["question"], row.get("answer", row.get("answers"))
-    if isinstance(answer, list):
-        answer = most_frequent(answer)
-    if not isinstance(question, str) or not isinstance(answer, str):
-        raise UserError(f"{where}: question and answer must be texts")
-    images = _images(row)
-    messages = [
-        {"role": "user", "content": [*([IMAGE_PART] * len(images)), text_part(question)]},
-        {"role": "assistant", "content": [text_part(answer)]},
-    ]
-    return make_record(where, messages, images, root)
+def _keys(row: Row) -> str:
+    return ", ".join(map(str, row.data))[:200]
 
 
-def most_frequent(answers: list[Any]) -> str | None:
-    """The answer that most people gave, of texts or {"answer": text}; None where they're something else, or none."""
-    texts = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
-    given = [text for text in texts if isinstance(text, str)]
-    if not given or len(given) < len(texts):
-        return None
-    return Counter([text for text in given if text.strip()] or [""]).most_common(1)[0][0]
+def _turns(row: Row) -> Record:
+    """the_cauldron and FineVision: {"images": [...], "texts": [{"user", "assistant", "source"}, ...]}"""
+    texts = row.data[row.layout.keys["texts"][0]]
+    turns: list[Turn] = []
+    for number, pair in enumerate(texts):
+        where = f"{row.where}: texts {number}"
+        if not isinstance(pair, dict):
+            raise UserError(f"{where} must be an object with user and assistant, not {type(pair).__name__}")
+        said = [pair.get(name) for name in ("system", "user", "assistant")]
+        if not all(isinstance(text, str) for text in said[1:]) or not isinstance(said[0], str | None):
+            raise UserError(f"{where} needs texts for user and assistant, got {str(pair)[:80]!r}")
+        unread = tuple(key for key in pair if key not in ("system", "user", "assistant"))
+        check_unread_of_part(pair, unread, where, row.pictures(), row.ignored, "texts")
+        turns += [Turn(role, text) for role, text in zip(("system", "user", "assistant"), said, strict=True) if text]
+    return make_chat(row, turns)
 
 
-def _images(row: dict[str, Any]) -> list[Any]:
-    named = (row[key] for key in ("image", "images", "file_name") if row.get(key) is not None)
-    images: Any = next(named, [])
-    return images if isinstance(images, list) else [images]
-
-
-def _document(row: dict[str, Any], where: str, root: Path) -> Record:
+def _document(row: Row) -> Record:
     """OBELICS: {"images": [path or null, ...], "texts": [text or null, ...]}, of each position one is there."""
-    images, texts = row["images"], row["texts"]
+    texts, images = row.data[row.layout.keys["texts"][0]], row.data[row.layout.images[0][0]]
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
-        raise UserError(f"{where}: images and texts must be lists of the same length")
+        raise UserError(f"{row.where}: images and texts must be lists of the same length")
     parts: list[dict[str, str]] = []
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
         if (image is None) == (text is None) or not isinstance(text, str | None):
-            raise UserError(f"{where}: position {number} needs an image or a text, and null for the other")
+            raise UserError(f"{row.where}: position {number} needs an image or a text, and null for the other")
         parts.append(IMAGE_PART if text is None else text_part(text))
-    return _make_document(where, parts, [image for image in images if image is not None], root)
+    return _make_document(row, parts, [image for image in images if image is not None])
 
 
-def _matched_document(row: dict[str, Any], where: str, root: Path) -> Record:
+def _matched_document(row: Row) -> Record:
     """MMC4: {"text_list": [text, ...], "image_info": [{"image_name", "matched_text_index"}]}, images before texts."""
-    texts, infos = row["text_list"], row["image_info"]
+    where, keys = row.where, row.layout.keys
+    texts, infos = row.data[keys["text_list"][0]], row.data[keys["image_info"][0]]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or not isinstance(infos, list):
         raise UserError(f"{where}: text_list must be a list of texts, and image_info a list")
     before: list[list[Any]] = [[] for _ in texts]
@@ -198,33 +192,23 @@ def _matched_document(row: dict[str, Any], where: str, root: Path) -> Record:
         for text, names in zip(texts, before, strict=True)
         for part in (*[IMAGE_PART] * len(names), text_part(text))
     ]
-    return _make_document(where, parts, [name for names in before for name in names], root)
+    return _make_document(row, parts, [name for names in before for name in names])
 
 
-def _make_document(where: str, parts: list[dict[str, str]], images: list[Any], root: Path) -> Record:
-    return make_record(where, [{"role": "document", "content": parts}], images, root, kind="document")
+def _make_document(row: Row, parts: list[dict[str, str]], images: list[Any]) -> Record:
+    messages = [{"role": "document", "content": parts}]
+    return make_record(row.where, messages, images, row.root, kind="document", ignored=row.ignored, lenient=row.lenient)
 
 
-def _documents(row: dict[str, Any], where: str, root: Path) -> Record:
-    return _document(row, where, root) if "texts" in row and "images" in row else _matched_document(row, where, root)
+def _documents(row: Row) -> Record:
+    return _document(row) if "texts" in row.layout.keys and row.layout.images else _matched_document(row)
 
 
-ROW_FORMATS: dict[str, Callable[[dict[str, Any], str, Path], Record]] = {
+ROW_FORMATS: dict[str, Callable[[Row], Record]] = {
     "messages": _messages,
     "llava": _llava,
     "captions": _captions,
-    "qa": _question,
+    "qa": read_question,
     "documents": _documents,
-}
-# The key that tells a format, and what must stand beside it.
-_KEYS = {
-    "messages": ("messages", ""),
-    "conversations": ("llava", ""),
-    "captions": ("captions", ""),
-    "caption": ("captions", ""),
-    "question": ("qa", ""),
-    "texts": ("documents", "images"),
-    "text_list": ("documents", "image_info"),
-    "file_name": ("captions", "text"),
-    "text": ("captions", "image"),
+    "turns": _turns,
 }

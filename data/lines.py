@@ -1,5 +1,6 @@
 """Rows one a line (JSONL), and rows that are the elements of a JSON array."""
 
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,7 +19,10 @@ class Lines(FileRows):
     """Rows one a line, named file:line; lines with nothing on them are none."""
 
     def _index(self) -> Arrays:
-        return indexed("lines", self.path, index_lines)
+        def build(file: BinaryIO, tell: Tell) -> Arrays:
+            return index_lines(file, tell, self.path)
+
+        return indexed("lines", self.held, build)
 
     def where(self, index: int) -> str:
         number = int(self._numbers[index]) if len(self._numbers) else index + 1
@@ -41,7 +45,7 @@ class Elements(FileRows):
             why = str(error or "").removeprefix(str(self.path)).partition(": ")[2]
             return {"starts": starts, "cut": np.frombuffer(why.encode(), np.uint8)}
 
-        arrays = indexed("elements", self.path, build)
+        arrays = indexed("elements", self.held, build)
         self.cut = arrays["cut"].tobytes().decode()
         return arrays
 
@@ -54,7 +58,7 @@ class Elements(FileRows):
         return parse(strip_comma(self._read(index)), lambda: self.where(index))
 
 
-def index_lines(file: BinaryIO, tell: Tell) -> Arrays:
+def index_lines(file: BinaryIO, tell: Tell, path: Path | None = None) -> Arrays:
     """starts: of the lines that have something on them, and the file's end; numbers: theirs, empty where 1, 2, 3 ...
 
     A row's bytes go on to the next row's start, so blank lines behind it belong to them.
@@ -65,7 +69,7 @@ def index_lines(file: BinaryIO, tell: Tell) -> Arrays:
     full = False  # whether something has been found on it
     while chunk := file.read(_CHUNK):
         if offset == 0 and chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{file.name}: UTF-16, where UTF-8 is needed; save it as UTF-8")
+            raise UserError(f"{path or file.name}: UTF-16, where UTF-8 is needed; save it as UTF-8")
         octets = np.frombuffer(chunk, np.uint8)
         # [N + 1] where the lines and the last, unfinished one begin in this chunk
         begins = np.concatenate(([0], np.flatnonzero(octets == ord("\n")) + 1))

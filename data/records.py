@@ -1,16 +1,15 @@
 """`Record`: what a person wrote, checked. Every error names the file and the line."""
 
-import os
-import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.pictures import ImageBytes, ImageRef, ImageSlice
+from data.image_files import IMAGE_SUFFIXES, find_image, find_picture, real_folder
+from data.pictures import ImageRef
 from vlm.errors import UserError
 
+__all__ = ["IMAGE_SUFFIXES", "Message", "Record", "find_image", "make_record", "real_folder", "text_part"]
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant")
 Kind = Literal["chat", "document"]
@@ -20,9 +19,11 @@ Kind = Literal["chat", "document"]
 class Record:
     """One row: a sound conversation and the images it shows, in order.
 
-    messages: content is a list of {"type": "text", "text"} and {"type": "image"} parts; captions: further answers
-    that are as right as the last message's (rows of an image with several captions); where: file:line. A document is
-    one message of the role "document": text and images in turn, with no chat template and all its text learned.
+    messages: content is a list of {"type": "text", "text"} and {"type": "image"} parts, and an assistant's message with
+    "weight": 0 isn't learned; captions: further answers that are as right as the last message's (rows of an image with
+    several captions), one of which is drawn each time; where: file:line. A document is one message of the role
+    "document": text and images in turn, with no chat template and all its text learned. answers: what several people
+    answered, of which the most frequent is learned; ignored: keys of the row that were left out.
     """
 
     where: str
@@ -30,6 +31,8 @@ class Record:
     images: tuple[ImageRef, ...] = ()
     captions: tuple[str, ...] = ()
     kind: Kind = "chat"
+    answers: tuple[str, ...] = field(default=(), compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
 def make_record(
@@ -39,10 +42,15 @@ def make_record(
     root: Path,
     captions: Sequence[str] = (),
     kind: Kind = "chat",
+    *,
+    answers: Sequence[str] = (),
+    ignored: Iterable[str] = (),
+    lenient: bool = False,
 ) -> Record:
     """A Record, or a UserError that begins with `where`: broken roles, empty answers, images that aren't there.
 
-    images: names of files below `root`, or what a source has found in itself.
+    images: names of files below `root`, or what a source has found in itself; lenient: an image that isn't there is a
+    `MissingImage`.
     """
     if kind == "chat":
         check_roles(where, messages)
@@ -53,10 +61,8 @@ def make_record(
     check_texts(where, [*filter(None, texts), *captions])
     if marks != len(images):
         raise UserError(f"{where}: {marks} image placeholders, but {len(images)} images")
-    found = (
-        image if isinstance(image, (ImageBytes, ImageSlice)) else find_image(where, image, root) for image in images
-    )
-    return Record(where, tuple(messages), tuple(found), tuple(captions), kind)
+    found = tuple([find_picture(where, image, root, lenient) for image in images])
+    return Record(where, tuple(messages), found, tuple(captions), kind, tuple(answers), tuple(ignored))
 
 
 def check_roles(where: str, messages: Sequence[Message]) -> None:
@@ -73,6 +79,8 @@ def check_roles(where: str, messages: Sequence[Message]) -> None:
             raise UserError(f"{where}: message {first + position} is from {message['role']!r}, where {due!r} is due")
         if due == "assistant":
             parts = message["content"]
+            if len(parts) == 1 and (text := parts[0].get("text")) and not text.isspace():
+                continue
             if IMAGE_PART in parts:
                 raise UserError(f"{where}: message {first + position}: an image in an assistant's answer")
             if not any(not part["text"].isspace() and part["text"] for part in parts):
@@ -90,61 +98,8 @@ def check_texts(where: str, texts: Sequence[str]) -> None:
                 raise UserError(f"{where}: a text holds half of a surrogate pair, which is no character") from None
 
 
-def find_image(where: str, image: Any, root: Path) -> Path:
-    """The file of an image named in a row, which must lie inside `root`, links followed."""
-    if not isinstance(image, str) or not image:
-        raise UserError(f"{where}: an image is named by its path, got {repr(image)[:80]}")
-    try:
-        found = _find_quickly(image, root)
-    except (OSError, ValueError):
-        found = None
-    return found or _find_carefully(where, image, root)
-
-
-def _find_quickly(image: str, root: Path) -> Path | None:
-    """What most images need: their folder resolved once for all, one look at the file. None where it takes more."""
-    name = str(root)
-    base = real_folder(name if name[0] == "/" else f"{os.getcwd()}/{name}")  # noqa: PTH109 (this runs for every row)
-    folder, _, name = image.rpartition("/")
-    if image[0] == "/" or name in ("", ".", ".."):
-        return None
-    parent = real_folder(f"{base}/{folder}") if folder else base
-    if parent != base and not parent.startswith(f"{base.rstrip('/')}/"):
-        return None
-    path = f"{parent}/{name}"
-    state = os.lstat(path)
-    return Path(path) if stat.S_ISREG(state.st_mode) and state.st_size else None
-
-
-@lru_cache(maxsize=1 << 16)
-def real_folder(path: str) -> str:
-    """An absolute path without links; OSError, which isn't remembered, when nothing is there."""
-    return os.path.realpath(path, strict=True)
-
-
-def _find_carefully(where: str, image: str, root: Path) -> Path:
-    shown = repr(image[:80])
-    try:
-        base = root.resolve()
-        path = (base / image).resolve()
-        there = path.is_file()
-        empty = there and path.stat().st_size == 0
-    except (OSError, ValueError, RuntimeError):  # too long, NUL or no Unicode in it, links in a circle
-        raise UserError(f"{where}: image {shown} can't be the name of a file in {root}") from None
-    if not path.is_relative_to(base):
-        raise UserError(f"{where}: image {shown} lies outside the image folder {root}")
-    if not there:
-        others = (path.with_suffix(suffix) for suffix in IMAGE_SUFFIXES if path.suffix)
-        other = next((f" (there is {other.name})" for other in others if other.is_file()), "")
-        raise UserError(f"{where}: image {shown} is not in {root}{other}")
-    if empty:
-        raise UserError(f"{where}: image {shown} is an empty file")
-    return path
-
-
 def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
 IMAGE_PART = {"type": "image"}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")

@@ -13,11 +13,14 @@ import numpy as np
 
 from data.formats import read_row, row_format
 from data.index import Arrays, fingerprint
+from data.key_map import KeyMap, check_keys, renamed
 from data.records import Record
 from data.scanner import MOST_BYTES
+from data.unpack import unpacked
 from vlm.errors import UserError
 
 LOOKED_AT = 20  # rows that tell the format
+LOOKED_FOR_KEYS = 1000  # rows among which each key that `columns` names must be
 
 
 class Source(ABC):
@@ -28,15 +31,17 @@ class Source(ABC):
     process opens the file for itself.
     """
 
-    def __init__(self, path: Path, images: Path | None = None, row_format: str | None = None) -> None:
-        """row_format: what rows must be; by default each row is read by its own keys."""
-        self.path, self.row_format = path, row_format
+    def __init__(
+        self, path: Path, images: Path | None = None, row_format: str | None = None, columns: KeyMap = ()
+    ) -> None:
+        """row_format: what rows must be; by default each row is read by its own keys. columns: keys of other names."""
+        self.path, self.row_format, self.columns = path, row_format, columns
         self.images = images or image_folder(path)
         if not self.images.is_dir():
             raise UserError(f"{self.images}: no such image folder")
 
     def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
-        return type(self), (self.path, self.images, self.row_format)
+        return type(self), (self.path, self.images, self.row_format, self.columns)
 
     # whether images are in the source itself, so that whoever writes its rows elsewhere has to copy them
     holds_images = False
@@ -64,7 +69,19 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return read_row(self.row(index), self.where(index), self.images, self.row_format)
+        return self.read(index)
+
+    def read(self, index: int, lenient: bool = False) -> Record:
+        """lenient: pictures that aren't there are `MissingImage`, and no error."""
+        return self.record(self.row(index), self.where(index), lenient)
+
+    def record(self, row: Any, where: str, lenient: bool = False) -> Record:
+        return read_row(row, where, self.images, self.row_format, self.columns, lenient)
+
+    def named_row(self, index: int) -> Any:
+        """The parsed row, unchecked, by the names that `columns` gives its keys."""
+        row = self.row(index)
+        return renamed(row, self.columns)[0] if self.columns and isinstance(row, dict) else row
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
@@ -79,12 +96,24 @@ class Source(ABC):
         found = self._formats()
         if self.row_format is not None and self.row_format not in found and found:
             raise UserError(f"{self.path}: its rows are {' and '.join(found)}, not {self.row_format}")
+        if self.columns:
+            check_keys(self.columns, self._some_rows(), str(self.path))
+
+    def _some_rows(self) -> Iterator[Any]:
+        """The first rows, then some of all."""
+        count = min(LOOKED_FOR_KEYS, len(self))
+        first = range(min(LOOKED_AT, len(self)))
+        for index in (*first, *(place * len(self) // count for place in range(count))):
+            try:
+                yield self.row(index)
+            except UserError:
+                continue
 
     def _formats(self) -> list[str]:
         found: dict[str, None] = {}
         for index in range(min(LOOKED_AT, len(self))):
             try:
-                name = row_format(self.row(index))
+                name = row_format(self.named_row(index), self.row_format)
             except UserError:
                 continue
             if name is not None:
@@ -93,17 +122,23 @@ class Source(ABC):
 
 
 class FileRows(Source):
-    """Rows that lie one behind the other in a file: row i is the bytes from `starts[i]` to `starts[i + 1]`."""
+    """Rows that lie one behind the other in a file: row i is the bytes from `starts[i]` to `starts[i + 1]`.
 
-    def __init__(self, path: Path, images: Path | None = None, row_format: str | None = None) -> None:
+    held: the file that is read; of a packed one (.gz) what was unpacked of it.
+    """
+
+    def __init__(
+        self, path: Path, images: Path | None = None, row_format: str | None = None, columns: KeyMap = ()
+    ) -> None:
         if not path.is_file():
             raise UserError(f"{path}: no such data file")
-        super().__init__(path, images, row_format)
+        super().__init__(path, images, row_format, columns)
+        self.held = unpacked(path) if path.suffix == ".gz" else path
         self._arrays = self._index()
         self._starts = self._arrays["starts"]
         if not len(self):
             raise UserError(f"{path}: no rows in it")
-        self._file = Bytes(path)
+        self._file = Bytes(self.held)
 
     @abstractmethod
     def _index(self) -> Arrays:

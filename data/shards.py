@@ -9,11 +9,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.formats import read_row, row_format
+from data.formats import row_format
 from data.index import Arrays, indexed
+from data.key_map import KeyMap
 from data.pictures import ImageSlice
 from data.progress import Tell, progress
 from data.records import IMAGE_SUFFIXES, Record
+from data.row_keys import is_picture_key, plain_key
 from data.rows import Source, parse
 from data.scanner import MOST_BYTES
 from vlm.errors import UserError, first_line
@@ -21,6 +23,7 @@ from vlm.errors import UserError, first_line
 _BLOCK = 512
 _KEEP_FROM = 1 << 20  # bytes of a shard; there may be thousands, opened anew by each worker
 _TEXTS = ("json", "txt", "caption")
+_NAMES = ("image", "images", "imagename")  # keys that name a picture of the sample, or are wrong
 
 
 class Shards(Source):
@@ -39,9 +42,10 @@ class Shards(Source):
         images: Path | None = None,
         row_format: str | None = None,
         keep: bool = True,
+        columns: KeyMap = (),
     ) -> None:
         """keep: the index of a big tar, for the next run."""
-        super().__init__(path, images or shards[0].parent, row_format)
+        super().__init__(path, images or shards[0].parent, row_format, columns)
         self.shards, self.format = list(shards), "webdataset"
         starts: list[np.ndarray[Any, Any]] = []
         with progress(f"indexing {len(shards)} shards", len(shards)) as tell:
@@ -54,7 +58,7 @@ class Shards(Source):
             raise UserError(f"{path}: no samples in it")
 
     def __reduce__(self) -> tuple[type[Source], tuple[Any, ...]]:
-        return type(self), (self.path, self.shards, self.images, self.row_format)
+        return type(self), (self.path, self.shards, self.images, self.row_format, True, self.columns)
 
     def files(self) -> list[Path]:
         return self.shards
@@ -72,18 +76,19 @@ class Shards(Source):
 
     def row(self, index: int) -> Any:
         """The sample's .json, or its text as a row of captions."""
-        where, texts, _ = self._sample(index)
-        return _row(texts, where)
+        where, texts, _, others = self._sample(index)
+        return _row(texts, others, where)
 
-    def __getitem__(self, index: int) -> Record:
-        where, texts, pictures = self._sample(index)
-        return read_row(_named(_row(texts, where), pictures, where), where, self.images, self.row_format)
+    def read(self, index: int, lenient: bool = False) -> Record:
+        where, texts, pictures, others = self._sample(index)
+        return self.record(_named(_row(texts, others, where), pictures, where), where, lenient)
 
-    def _sample(self, index: int) -> tuple[str, dict[str, bytes], dict[str, ImageSlice]]:
-        """Where it is, its texts and its pictures by suffix."""
+    def _sample(self, index: int) -> tuple[str, dict[str, bytes], dict[str, ImageSlice], dict[str, str]]:
+        """Where it is, its texts and its pictures by suffix, and the names of its other files."""
         shard, start, end = self._place(index)
         pictures: dict[str, ImageSlice] = {}
         texts: dict[str, bytes] = {}
+        others: dict[str, str] = {}
         where = f"{shard}[{index}]"
         with _open(shard) as file:
             file.seek(start)
@@ -102,7 +107,9 @@ class Shards(Source):
                             raise UserError(f"{where}: a .{suffix} of {member.size >> 20} MB")
                         file.seek(member.offset_data)
                         texts[suffix] = file.read(member.size)
-        return where, texts, pictures
+                    else:
+                        others[f".{suffix}"] = member.name
+        return where, texts, pictures, others
 
     def _place(self, index: int) -> tuple[Path, int, int]:
         if not 0 <= index < len(self):
@@ -124,45 +131,63 @@ def _members(tar: tarfile.TarFile, end: int, where: str) -> Iterator[tarfile.Tar
         raise UserError(f"{where}: cannot be read ({first_line(error)})") from None
 
 
-def _row(texts: dict[str, bytes], where: str) -> Any:
+def _row(texts: dict[str, bytes], others: dict[str, str], where: str) -> Any:
+    """The sample's row, with what its other files say or are called by their suffixes: as if these were keys of it."""
     row = parse(texts["json"], where.__str__) if "json" in texts else None
-    if row_format(row) is not None:
-        return row
-    for suffix in ("txt", "caption"):
-        if suffix in texts:
-            try:
-                return {"image": None, "caption": texts[suffix].decode("utf-8-sig").strip()}
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: byte {error.start + 1} of its .{suffix} is no UTF-8") from None
+    words = {suffix: _decoded(texts[suffix], suffix, where) for suffix in ("txt", "caption") if suffix in texts}
+    if isinstance(row, dict) and row_format(row) is not None:
+        return {**row, **{f".{suffix}": text for suffix, text in words.items() if text not in row.values()}, **others}
+    if words:
+        suffix, caption = next(iter(words.items()))
+        beside = {f".{other}": text for other, text in words.items() if other != suffix and text != caption}
+        metadata = {f".json {key}": True for key in row} if isinstance(row, dict) else {}
+        return {"image": None, "caption": caption, **metadata, **beside, **others}
     if "json" in texts:
         return row  # of which `read_row` says what is wrong
     raise UserError(f"{where}: a sample needs a .txt, .caption or .json")
 
 
+def _decoded(text: bytes, suffix: str, where: str) -> str:
+    try:
+        return text.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start + 1} of its .{suffix} is no UTF-8") from None
+
+
 def _named(row: Any, pictures: dict[str, ImageSlice], where: str) -> Any:
-    """The row with the sample's pictures in the place of their names; where it names none, it has them in order."""
-    named = False
+    """The row with the sample's pictures in the place of their names; where it names none, it has them in order.
 
-    def find(value: Any, key: str = "") -> Any:
-        nonlocal named
+    Pictures that a row doesn't name beside others that it names are left out, as keys that nothing is read from are.
+    """
+    named: set[str] = set()
+
+    def find(value: Any, key: str = "", picture: bool = False) -> Any:
         if isinstance(value, dict):
-            return {inner: find(held, inner) for inner, held in value.items()}
+            inside = picture or is_picture_key(key)
+            return {
+                inner: find(held, inner, is_picture_key(inner) or (inside and inner in ("url", "path")))
+                for inner, held in value.items()
+            }
         if isinstance(value, list):
-            return [find(held, key) for held in value]
-        if key not in ("image", "images", "image_name") or not isinstance(value, str):
+            return [find(held, key, picture) for held in value]
+        if not isinstance(value, str) or not picture or value.startswith("data:"):
             return value
-        named = True
-        for suffix, picture in pictures.items():
-            if value in (suffix, picture.name, picture.name.rpartition("/")[2]):
-                return picture
-        raise UserError(f"{where}: image {value[:80]!r} is not in its sample ({', '.join(pictures) or 'no pictures'})")
+        for suffix, found in pictures.items():
+            if value in (suffix, found.name, found.name.rpartition("/")[2]):
+                named.add(suffix)
+                return found
+        if plain_key(key) in _NAMES:
+            raise UserError(
+                f"{where}: image {value[:80]!r} is not in its sample ({', '.join(pictures) or 'no pictures'})"
+            )
+        return value  # such as the path that the picture once had
 
+    if not isinstance(row, dict):
+        return row
     row = find(row)
-    if isinstance(row, dict) and not named and pictures:
-        several = list(pictures.values())
-        one = row_format(row) == "captions" and len(several) == 1
-        row |= {"image": several[0]} if one else {"image": None, "images": several}
-    return row
+    if not named and pictures:
+        return {**row, "image": None, "images": list(pictures.values())}
+    return {**row, **{f".{suffix}": "" for suffix in pictures if suffix not in named}}
 
 
 def _index(shard: Path, keep: bool) -> np.ndarray[Any, Any]:

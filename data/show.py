@@ -74,7 +74,8 @@ def _texts(record: Record) -> "Text":
             if part["type"] == "image":
                 said.append("<image>", IMAGE)
             else:
-                learned = f" {SUPERVISED}" if message["role"] in ("assistant", "document") else ""
+                says = message["role"] in ("assistant", "document") and message.get("weight") != 0
+                learned = f" {SUPERVISED}" if says else ""
                 said.append(printable(part["text"]), style + learned)
         said.append("\n")
     return said

@@ -7,14 +7,17 @@ from typing import Any
 
 from data.columns import HUB, Columns
 from data.flickr import Grouped, Karpathy, Tokens
-from data.formats import ROW_FORMATS, row_format
+from data.formats import ROW_FORMATS
+from data.key_map import KeyMap
 from data.lines import Elements, Lines
 from data.official import COCO, GQA, Official, TextVQA, VQAv2
+from data.row_keys import meaning_of
 from data.rows import Source
 from data.scanner import Scanner
 from data.shards import Shards
 from data.streams import ColumnStream, ShardStream, Stream
 from data.tables import Table
+from data.unpack import unpacked
 from vlm.errors import UserError, first_line
 
 OFFICIAL: dict[str, type[Official]] = {"vqav2": VQAv2, "coco": COCO, "textvqa": TextVQA, "gqa": GQA}
@@ -22,6 +25,9 @@ FORMATS = (*ROW_FORMATS, *OFFICIAL, "flickr", "hf", "webdataset")
 ADDRESS = re.compile(r"(?!hub:)[a-z][a-z0-9+]+:")
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 _PACKED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".7z")
+_ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+_PACKED_ROWS = ".jsonl.gz, .json.gz, .csv.gz and .tsv.gz"
+ROW_LEADS = ("messages", "conversations", "captions", "question")
 _SPLITS = {"training": "train", "testing": "test", "val": "validation", "valid": "validation", "dev": "validation"}
 _SPLIT = re.compile(r"(?:^|[-_.])(train(?:ing)?|test(?:ing)?|val(?:id(?:ation)?)?|dev)(?=[-_.\d]|$)")
 # An array of a file that is one object, what its elements have, and the format that this tells.
@@ -36,36 +42,45 @@ _ARRAYS = (
 __all__ = ["FORMATS", "Source", "open_source"]
 
 
-def open_data(name: str, root: Path, images: Path | None, format: str | None, stream: bool) -> Source | Stream:
+def open_data(
+    name: str, root: Path, images: Path | None, format: str | None, stream: bool, columns: KeyMap = ()
+) -> Source | Stream:
     """What a stage's data names: local rows by number, or a stream (`stream`, or tars by http(s) address).
 
-    root: what paths are relative to.
+    root: what paths are relative to; columns: keys of other names.
     """
     if ADDRESS.match(name):
         if not re.match(r"https?://.+\.tar$", name):
             raise UserError(f"{name}: of addresses, http(s)://... of .tar files are read")
-        return ShardStream(Path(name), expand_braces(name), format if format in ROW_FORMATS else None)
+        return ShardStream(Path(name), expand_braces(name), format if format in ROW_FORMATS else None, columns)
     path = name if name.startswith(HUB) else str(root / name)
     if not stream:
-        return open_source(path, images, format)
+        return open_source(path, images, format, columns=columns)
     rows = format if format in ROW_FORMATS else None
     if name.startswith(HUB):
         hub, _, split = name.partition("@")
-        return ColumnStream(Path(hub), (), images, rows, split)
+        return ColumnStream(Path(hub), (), images, rows, split, columns)
     source = Path(path)
     files = sorted(source.glob("*.parquet")) if source.is_dir() else expand(path)
     _check_plain(files)
     if not files or any(file.suffix != ".parquet" for file in files):
         raise UserError(f"{path}: hub:... and Parquet files are streamed; other local files are read row by row anyway")
-    return ColumnStream(source, files, images, rows)
+    return ColumnStream(source, files, images, rows, columns=columns)
 
 
-def open_source(path: str | Path, images: Path | None = None, format: str | None = None, whole: bool = True) -> Source:
+def open_source(
+    path: str | Path,
+    images: Path | None = None,
+    format: str | None = None,
+    whole: bool = True,
+    columns: KeyMap = (),
+) -> Source:
     """The rows of a file, a folder or a data set of the hub; the format is found where it isn't given.
 
     path: a file or folder; several tars or Parquet files as `a-{000..012}.tar` or `a-*.tar`; QUESTIONS.json+ANNOTATIONS
     .json; hub:owner/name[:config]; a split is named behind @. images: the folder that image paths are relative to.
-    whole: refuses a JSON array that breaks off, as nobody knows what is lost; else its end is one broken row.
+    whole: refuses a JSON array that breaks off, as nobody knows what is lost; else its end is one broken row. columns:
+    keys of other names than those that formats know.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
@@ -74,12 +89,14 @@ def open_source(path: str | Path, images: Path | None = None, format: str | None
             f"{path}: what lies at an address has no row numbers; a recipe's data can be streamed from there"
         )
     try:
-        source = _open(str(path), images, format)
+        source = _open(str(path), images, format, columns)
     except OSError as error:  # a name too long, a folder that may not be read
         raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
     rows = format if format in ROW_FORMATS else None
     if format is not None and rows is None and source.format != format:
         raise UserError(f"{path}: not a file of {format}, but of {source.format}")
+    if columns and source.columns != columns:
+        raise UserError(f"{path}: a file of {source.format}, which has its own names; columns is for rows")
     if whole and source.cut:
         where = source.where(len(source) - 1)
         raise UserError(f"{where}: {source.cut}; `vlm data convert` saves the rows before it")
@@ -87,90 +104,96 @@ def open_source(path: str | Path, images: Path | None = None, format: str | None
     return source
 
 
-def _open(name: str, images: Path | None, format: str | None) -> Source:
+def _open(name: str, images: Path | None, format: str | None, columns: KeyMap) -> Source:
     path = Path(name)
     rows = format if format in ROW_FORMATS else None
     if path.is_dir():
-        return _open_folder(path, images, rows)
+        return _open_folder(path, images, rows, columns)
     if path.exists():
-        return _open_file(path, images, format)
+        return _open_file(path, images, format, columns)
     if name.startswith(HUB):
         hub, _, split = name.partition("@")
-        return Columns(Path(hub), [], images, rows, split)
+        return Columns(Path(hub), [], images, rows, split, columns)
     questions, plus, annotations = name.partition("+")
     if plus and Path(questions).is_file():
         beside = Path(questions).with_name(annotations) if "/" not in annotations else Path(annotations)
         return VQAv2(Path(questions), images, beside if beside.is_file() else Path(annotations))
     whole, at, split = name.rpartition("@")
     if at and Path(whole).is_dir():
-        return _open_folder(Path(whole), images, rows, split)
+        return _open_folder(Path(whole), images, rows, columns, split)
     if at and Path(whole).is_file():
         if object_format(Path(whole)) != "flickr":
             raise UserError(f"{whole}: has no splits, so none is called {split}")
         return Karpathy(Path(whole), images, split)
     if re.search(r"[{*?\[]", name):
-        return _open_files(path, expand(name), images, rows)
+        return _open_files(path, expand(name), images, rows, columns)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w+]+)?", name) and not path.parent.is_dir() and not _has_suffix(path):
         try:
-            return _open(f"{HUB}{name}", images, format)
+            return _open(f"{HUB}{name}", images, format, columns)
         except UserError as error:
             raise UserError(f"{path}: no such file or folder here, and as an id of the hub: {error}") from None
     raise UserError(f"{path}: no such data file")
 
 
-def _open_file(path: Path, images: Path | None, format: str | None) -> Source:
+def _open_file(path: Path, images: Path | None, format: str | None, columns: KeyMap) -> Source:
     rows = format if format in ROW_FORMATS else None
     _check_plain([path])
-    if path.suffix in _PACKED:
-        raise UserError(f"{path}: a packed file can't be read row by row; unpack it first")
+    inner = path.with_suffix("") if path.suffix == ".gz" else path  # by its name
+    if inner.suffix in _PACKED or (inner != path and inner.suffix not in _ROWS):
+        raise UserError(f"{path}: a packed file can't be read row by row; unpack it first ({_PACKED_ROWS} are read)")
     if path.suffix in (".tar", ".parquet", ".arrow"):
-        return _open_files(path, [path], images, rows)
-    if path.suffix in (".csv", ".tsv"):
-        table = Table(path, images, rows)
+        return _open_files(path, [path], images, rows, columns)
+    if inner.suffix in (".csv", ".tsv"):
+        table = Table(path, images, rows, columns)
         return Grouped(table) if format == "flickr" else table
-    with path.open("rb") as file:
+    held = unpacked(path) if inner != path else path
+    with held.open("rb") as file:
         head = file.read(1 << 16)
     opening = head.lstrip(_BLANK)[:1]
-    if not opening and len(head) == path.stat().st_size:
+    if not opening and len(head) == held.stat().st_size:
         raise UserError(f"{path}: no rows in it")
     if re.match(rb"(\xef\xbb\xbf)?[^\t\n#]+#\d+\s*\t", head):
         return Grouped(Tokens(path, images))
     if path.suffix == ".txt" and opening not in (b"[", b"{"):
         return Grouped(Table(path, images))
     if opening == b"[":
-        return Elements(path, images, rows)
-    kind = object_format(path) if opening == b"{" and path.suffix not in (".jsonl", ".ndjson") else None
+        return Elements(path, images, rows, columns)
+    kind = object_format(held) if opening == b"{" and inner.suffix not in (".jsonl", ".ndjson") else None
+    if kind is not None and held != path:
+        raise UserError(f"{path}: a packed official file; unpack it first ({_PACKED_ROWS} are read, as rows)")
     if kind == "annotations":
         raise UserError(f"{path}: a file of annotations; name that of the questions, answers are found beside it")
     if kind == "flickr":
         return Karpathy(path, images)
-    return OFFICIAL[kind](path, images) if kind else Lines(path, images, rows)
+    return OFFICIAL[kind](path, images) if kind else Lines(path, images, rows, columns)
 
 
-def _open_folder(path: Path, images: Path | None, rows: str | None, split: str = "") -> Source:
+def _open_folder(path: Path, images: Path | None, rows: str | None, columns: KeyMap, split: str = "") -> Source:
     """A folder that `datasets` saved, of Parquet or Arrow files, of tars, or of images with a metadata file."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return Columns(path, [path], images, rows, split)
+        return Columns(path, [path], images, rows, split, columns)
     for folder in (path, path / "data"):
         for suffix in ("tar", "parquet", "arrow"):
             if files := sorted(folder.glob(f"*.{suffix}")):
-                return _open_files(path, choose_split(path, files, split), images, rows, split)
+                return _open_files(path, choose_split(path, files, split), images, rows, columns, split)
     names = ("metadata.jsonl", "metadata.csv")
     for file in (path / name for name in names):
         if file.is_file():
-            return (Lines if file.suffix == ".jsonl" else Table)(file, images or path, rows)
+            return (Lines if file.suffix == ".jsonl" else Table)(file, images or path, rows, columns)
     if below := sorted({file.parent.name for name in names for file in path.glob(f"*/{name}")}):
         raise UserError(f"{path}: its metadata files are in {', '.join(below)}; name one of these folders")
     raise UserError(f"{path}: no such data file; of a folder tars, Parquet or Arrow files, or {names[0]} are read")
 
 
-def _open_files(path: Path, files: list[Path], images: Path | None, rows: str | None, split: str = "") -> Source:
+def _open_files(
+    path: Path, files: list[Path], images: Path | None, rows: str | None, columns: KeyMap, split: str = ""
+) -> Source:
     _check_plain(files)
     suffixes = {file.suffix for file in files}
     if suffixes == {".tar"}:
-        return Shards(path, files, images, rows)
+        return Shards(path, files, images, rows, columns=columns)
     if suffixes in ({".parquet"}, {".arrow"}):
-        return Columns(path, files, images, rows, split)
+        return Columns(path, files, images, rows, split, columns)
     raise UserError(f"{path}: several files are read when all are .tar, or all .parquet, or all .arrow")
 
 
@@ -238,7 +261,7 @@ def object_format(path: Path) -> str | None:
         scanner = Scanner(file, path)
         try:
             for key in scanner.members():
-                if row_format({key: None}) is not None or key in ("role", "id"):
+                if meaning_of(str(key)) in ROW_LEADS or key in ("role", "id"):
                     break
                 if scanner.peek() == "[":
                     for number in scanner.members():

@@ -22,6 +22,7 @@ from data.bad import Bad
 from data.columns import image_columns, image_folder_of, named, open_columns, unfold_row
 from data.formats import read_row
 from data.index import fingerprint
+from data.key_map import KeyMap
 from data.pictures import ImageBytes, ImageSlice
 from data.records import Record
 from data.rows import Source
@@ -93,8 +94,10 @@ class ShardStream(Stream):
     Each cycle has its own order of shards. Where there are fewer shards than ranks, ranks share each shard's rows.
     """
 
-    def __init__(self, path: Path, addresses: Sequence[str], row_format: str | None = None) -> None:
-        self.path, self.addresses, self.row_format = path, list(addresses), row_format
+    def __init__(
+        self, path: Path, addresses: Sequence[str], row_format: str | None = None, columns: KeyMap = ()
+    ) -> None:
+        self.path, self.addresses, self.row_format, self.columns = path, list(addresses), row_format, columns
 
     def fingerprint(self) -> str:
         return fingerprint([], *self.addresses)
@@ -118,7 +121,7 @@ class ShardStream(Stream):
             waiting = ask(number)
             while True:
                 file, waiting = waiting.result(), ask(number + 1)
-                shard = Shards(file, [file], row_format=self.row_format, keep=False)
+                shard = Shards(file, [file], row_format=self.row_format, keep=False, columns=self.columns)
                 rows = range(rank, len(shard), world) if shared else range(len(shard))
                 yield number, {}, _Block(shard, rows, str(file), address(number))
                 file.unlink()
@@ -163,8 +166,10 @@ class ColumnStream(Stream):
         images: Path | None = None,
         row_format: str | None = None,
         split: str = "",
+        columns: KeyMap = (),
     ) -> None:
         self.path, self.files, self.row_format, self.split = path, list(files), row_format, split
+        self.columns = columns
         self.images = images or image_folder_of(path, self.files)
 
     def fingerprint(self) -> str:
@@ -209,7 +214,7 @@ class ColumnStream(Stream):
 
     def _item(self, row: dict[str, Any], folded: frozenset[str], where: str) -> Item:
         try:
-            return read_row(unfold_row(row, folded, where), where, self.images, self.row_format)
+            return read_row(unfold_row(row, folded, where), where, self.images, self.row_format, self.columns)
         except UserError as error:
             return Bad.of(where, error)
 

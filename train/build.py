@@ -46,7 +46,7 @@ TOKENIZER_ROWS = 5000  # rows that a new tokenizer is made from, spread evenly o
 def open_sources(recipe: Recipe, stage: Stage) -> list[Source | Stream]:
     root = Path(recipe.data_root)
     return [
-        open_data(data.path, root, root / data.images if data.images else None, data.format, data.stream)
+        open_data(data.path, root, root / data.images if data.images else None, data.format, data.stream, data.key_map)
         for data in stage.data
     ]
 

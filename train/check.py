@@ -1,8 +1,10 @@
 """What can be known of a recipe before it runs: every stage is built without weights, before anything is written."""
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from data.bad import Bad, summarise
+from data.check_report import listed_keys
 from data.streams import Item, Stream, spread
 from train.adapters import add_lora, target_modules
 from train.build import clip_settings, encoder_config, fused_config, image_settings, language_config, open_sources
@@ -59,8 +62,33 @@ def check_processes(recipe: Recipe, processes: int) -> None:
             raise UserError(f"{where}: a contrastive batch can't be shared by {processes} processes; start only one")
 
 
-def check_rows(recipe: Recipe, stage: Stage) -> None:
-    """Reads rows spread evenly over the data of a stage, all of them where there are few.
+@dataclass
+class RowsRead:
+    """What was read of a stage's rows before it begins: how many of how many (None: a stream), those of them without a
+    picture, and how many have each key that nothing is read from."""
+
+    stage: str
+    rows: int | None
+    read: int = 0
+    pictureless: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+
+    def add(self, item: Item) -> None:
+        if isinstance(item, Bad):
+            return
+        self.read += 1
+        self.pictureless += not item.images
+        self.ignored.update(item.ignored)
+
+    def __str__(self) -> str:
+        of = f" of {self.rows:,}" if self.rows is not None and self.read < self.rows else ""
+        told = f"stage {self.stage}: {self.read:,}{of} rows read beforehand, {self.pictureless:,} without a picture"
+        keys = dict(self.ignored.most_common())
+        return told + (f"; ignored columns: {listed_keys(keys)}" if keys else "")
+
+
+def check_rows(recipe: Recipe, stage: Stage) -> RowsRead:
+    """Reads rows spread evenly over the data of a stage, all of them where there are few, and says what they hold.
 
     UserError when more of them are broken than the recipe allows, for fewer rows than a group has, and for a stream
     whose share can't be told.
@@ -76,9 +104,13 @@ def check_rows(recipe: Recipe, stage: Stage) -> None:
     images = {"contrastive": 1, "language": 0}.get(stage.objective)
     broken: list[Bad] = []
     looked = 0
+    told = RowsRead(stage.name, rows if numbered == sources else None)
     for source in sources:
         share = FIRST_OF_STREAM if isinstance(source, Stream) else max(1, LOOKED_AT * len(source) // max(rows, 1))
-        found = [_broken(item, images) for item in spread(source, share)]
+        found = []
+        for item in spread(source, share):
+            found.append(_broken(item, images))
+            told.add(item)
         if isinstance(source, Stream) and None in found:
             continue  # so few rows say nothing of a share
         looked += len(found)
@@ -88,6 +120,12 @@ def check_rows(recipe: Recipe, stage: Stage) -> None:
             f"stages.{stage.name}: {len(broken)} of {looked} rows are broken, more than max_bad ({recipe.max_bad:.3g}) "
             f"allows ({summarise(broken)}); `vlm data check` lists all"
         )
+    return told
+
+
+def tell_rows(rows: RowsRead, aloud: bool) -> None:
+    if aloud:
+        print(rows, file=sys.stderr, flush=True)
 
 
 def _broken(item: Item, images: int | None) -> Bad | None:

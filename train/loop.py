@@ -19,7 +19,7 @@ from data.loader import ImageCache, Loader, State, Step, read_state
 from data.mixture import STREAM_EPOCH, Mixture
 from data.streams import Stream
 from train.build import open_sources
-from train.check import check_processes, check_recipe, check_rows
+from train.check import check_processes, check_recipe, check_rows, tell_rows
 from train.health import Health, is_finite
 from train.monitor import Monitor
 from train.objectives import Objective, build_objective
@@ -61,7 +61,7 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
     if held is None:
         check_recipe(recipe)
     for stage in recipe.stages:
-        check_rows(recipe, stage)
+        tell_rows(check_rows(recipe, stage), accelerator.is_main_process)
     claimed = accelerator.is_main_process and run.claim(recipe, resume)
     accelerator.wait_for_everyone()
     if run.finished:

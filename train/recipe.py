@@ -8,6 +8,7 @@ from pydantic import Field
 
 from data.augment import Augment
 from data.encode import TrainOn
+from data.key_map import KeyMap, key_map
 from data.packing import Packing
 from vlm.configuration import Connector, CrossAttention
 from vlm.contrastive import POSITION_STD
@@ -95,7 +96,8 @@ class Data:
 
     format: of the rows, where it can't be found out; stream: read a data set of the hub, or Parquet files, while it
     arrives, in order, and keep nothing (so are tars by http(s) address); weight: how often an epoch has each of its
-    rows (.5: half of them, the other half in the next epoch); rows: how many an epoch has, instead of a weight.
+    rows (.5: half of them, the other half in the next epoch); rows: how many an epoch has, instead of a weight;
+    columns: keys of rows by other names, {image: picture, question: q}; image: [left, right]; ignore: [video].
     """
 
     path: str
@@ -104,10 +106,16 @@ class Data:
     weight: Positive = 1.0
     rows: Count | None = None
     stream: bool = False
+    columns: dict[str, str | list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.weight != 1:
             raise ValueError(f"{self.path}: give weight or rows, not both")
+        self.key_map  # noqa: B018 (raises for a name that nothing is read by)
+
+    @property
+    def key_map(self) -> KeyMap:
+        return key_map(self.columns, f"{self.path}: columns")
 
     def count(self, length: int) -> int:
         """Rows per epoch of a source that has this many."""

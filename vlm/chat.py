@@ -25,7 +25,8 @@ Read = tuple[Sequence[int], Sequence[int]]  # a piece's ids, and how far in it t
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """input_ids [T]; supervised [T], True on what the assistant must say, end of turn included; messages [T], whose
+    """input_ids [T]; supervised [T], True on what the assistant must say, end of turn included (not of a
+    message with "weight": 0); messages [T], whose
     words a token is of, or the end of whose turn: the number of the message, None for the rest of the template."""
 
     input_ids: list[int]
@@ -110,7 +111,11 @@ class ChatEncoder:
                 speaking = speaking if segment.message is None else segment.message
         if num_images != len(placeholders):
             raise UserError(f"the chat template shows {num_images} images, and there are {len(placeholders)}")
-        learned = {number for number, message in enumerate(messages) if message["role"] == "assistant"}
+        learned = {
+            number
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant" and message.get("weight") != 0
+        }
         return ChatTokens(ids, [owner in learned for owner in owners], owners)
 
     def _read_at_once(self, segments: Sequence[Segment], pieces: Sequence[_Piece]) -> list[Read] | None:

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from vlm.arguments import fraction
 from vlm.errors import UserError
+from vlm.setting_errors import sentences
 
 T = TypeVar("T")
 
@@ -23,7 +24,15 @@ Natural = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0)]
 
-_Fraction = BeforeValidator(lambda value: fraction(value.strip()) if isinstance(value, str) else value)
+
+def _read_share(value: Any) -> Any:
+    try:
+        return fraction(value.strip()) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("a share such as 0.005 or 0.5% is needed") from None
+
+
+_Fraction = BeforeValidator(_read_share)
 Share = Annotated[float, _Fraction, Field(ge=0, le=1)]  # .005 or "0.5%"
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
@@ -75,7 +84,10 @@ def parse(kind: type[T], settings: Any, source: str) -> T:
         adapter: TypeAdapter[T] = _adapter(cast(Any, kind))
         return adapter.validate_python(settings, extra="forbid")
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain(kind, detail) for detail in error.errors()[:5])) from None
+        found = sentences(error.errors())
+        told = [_explain(kind, path, said) for path, said in found[:5]]
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(f"{source}: {'; '.join(told)}{more}") from None
 
 
 @cache
@@ -145,16 +157,9 @@ def _index(items: list[Any], key: str, override: str) -> int:
     )
 
 
-def _explain(kind: Any, detail: Any) -> str:
-    path = [part for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
+def _explain(kind: Any, path: list[Any], said: str) -> str:
     where = ".".join(str(part) for part in path) or "settings"
-    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where}: unknown setting; {nearest(str(path[-1]), _keys_at(kind, path[:-1]))}"
-    if detail["type"] in ("missing", "missing_argument"):
-        return f"{where}: required, and missing"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    shown = "" if isinstance(detail.get("input"), (dict, list)) else f" (got {detail.get('input')!r})"
-    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
+    return f"{where}: {said or f'unknown setting; {nearest(str(path[-1]), _keys_at(kind, path[:-1]))}'}"
 
 
 def _keys_at(kind: Any, path: list[Any]) -> list[str]:

@@ -13,15 +13,26 @@ from data.benchmarks.measures import mean
 from data.benchmarks.predictions import LeftOut, Predictions, match, read_predictions, unique
 from data.benchmarks.scores import Scores
 from data.pictures import ImageRef
+from data.records import Message
 from vlm.errors import UserError
 
 Answers = Mapping[str, str | None]  # None: the question could not be asked, which is scored as wrong
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """A question that is more than a text with a picture before it: messages up to the user's that is to be answered,
+    with image parts where `images` stand, in order."""
+
+    messages: tuple[Message, ...]
+    images: tuple[ImageRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One question. references: right answers; groups: the names of the breakdowns that it counts for, such as
-    "accuracy/number"; details: what the scoring needs besides."""
+    "accuracy/number"; details: what the scoring needs besides; asked: the whole of it, where it is more than `question`
+    with `image` (the first one) before it."""
 
     id: str
     question: str
@@ -29,6 +40,13 @@ class Item:
     image: ImageRef | None = None
     groups: tuple[str, ...] = ()
     details: Any = None
+    asked: Asked | None = None
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        if self.asked is not None:
+            return self.asked.images
+        return () if self.image is None else (self.image,)
 
 
 @dataclass(frozen=True)

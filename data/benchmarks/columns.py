@@ -16,13 +16,13 @@ from data.sources import open_source
 from vlm.errors import UserError
 
 Row = dict[str, Any]
-ASKED_WITHOUT = ("exact", "scienceqa")  # tasks with questions about no picture
+ASKED_WITHOUT = ("scienceqa",)  # tasks with questions about no picture
 PICTURE_KEYS = ("image_id", "imageId", "image_source")  # columns that tell which rows show the same one
 
 
 def load_items(benchmark: Benchmark, data: Path, images: Path | None, split: str | None) -> list[Item]:
     """The questions of official files, or of a data set with the columns that its publishers gave it on the hub."""
-    if _is_columns(data):
+    if _is_columns(data) and benchmark.task != "exact":  # whose rows are those of training, in columns, too
         if images is not None:
             raise UserError(f"{data}: its pictures are in its rows; leave the folder {images} out")
         return _column_items(benchmark.task, data, split)
@@ -112,11 +112,6 @@ def _captions(row: Row, index: int, image: ImageRef | None) -> Item:
     return Item(_id(row, index, "image_id", "question_id", "id"), "", tuple(texts), image)
 
 
-def _exact(row: Row, index: int, image: ImageRef | None) -> Item:
-    groups = (f"accuracy/{row['kind']}",) if "kind" in row else ()
-    return Item(_id(row, index, "id", "question_id"), row["question"], (row["answer"],), image, groups)
-
-
 def _id(row: Row, index: int, *names: str) -> str:
     return str(next((row[name] for name in names if name in row), index))
 
@@ -130,5 +125,4 @@ _READERS: dict[str, Callable[[Row, int, ImageRef | None], Item]] = {
     "scienceqa": _science_qa,
     "mmbench": _mmbench,
     "coco-caption": _captions,
-    "exact": _exact,
 }

@@ -109,7 +109,7 @@ class Pictures:
 def check_pictures(items: Sequence[Item]) -> None:
     """UserError when pictures of theirs are missing or empty."""
     missing: dict[str, str] = {}
-    for image in dict.fromkeys(item.image for item in items):
+    for image in dict.fromkeys(image for item in items for image in item.images):
         if isinstance(image, MissingImage):
             missing[image.name] = image.why
         elif isinstance(image, Path) and not (image.is_file() and image.stat().st_size):

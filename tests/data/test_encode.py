@@ -180,9 +180,9 @@ def test_a_document_is_its_text_and_images_in_order_all_text_learned(
 
 
 def test_a_document_begins_as_its_tokenizer_does(processor: VisionLanguageProcessor) -> None:
-    from copy import copy
+    from copy import deepcopy
 
-    tokenizer = copy(processor.tokenizer)
+    tokenizer = deepcopy(processor.tokenizer)  # a shallow copy shares its special tokens
     tokenizer.bos_token = tokenizer.pad_token
     chat = ChatEncoder(tokenizer, None, IMAGE_TOKEN)
     made = encode_record(document("a"), chat, 9, "all", np.random.default_rng(0))
@@ -201,3 +201,23 @@ def test_a_document_that_does_not_fit_loses_its_end_and_no_image_is_cut(
     count = cut.input_ids.count(processor.image_token_id)
     assert (count, len(cut.images)) == (PER_IMAGE * len(cut.images), len(cut.placeholders))
     assert bool(cut.dropped) == (len(cut.input_ids) < len(whole.input_ids))
+
+
+def test_an_answer_that_weighs_nothing_is_read_and_not_learned(processor: VisionLanguageProcessor) -> None:
+    row = record((1, "a", "bbb"), (0, "c", "aca"))
+    messages = list(row.messages)
+    messages[1] = {**messages[1], "weight": 0}
+    muted = replace(row, messages=tuple(messages))
+    end = processor.tokenizer.eos_token_id
+    assert encode(muted, processor).input_ids == encode(row, processor).input_ids
+    for train_on, before in (("assistant", []), ("all", ["a", "c"])):
+        learned = [label for label in encode(muted, processor, train_on=train_on).labels if label != IGNORED]
+        said = processor.tokenizer.decode(learned)
+        assert "aca" in said
+        assert "bbb" not in said
+        assert all(word in said for word in before)
+    learned = [label for label in encode(muted, processor).labels if label != IGNORED]
+    assert learned == [*processor.chat.encode_text("aca"), end]
+    messages[3] = {**messages[3], "weight": 0}
+    with pytest.raises(UserError, match=r"^rows\.jsonl:3: no token of it would be learned"):
+        encode(replace(row, messages=tuple(messages)), processor)

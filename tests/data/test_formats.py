@@ -133,7 +133,7 @@ GOOD: dict[str, tuple[dict[str, Any], tuple[dict[str, Any], ...], list[str], tup
     ),
     "a question": (
         {"image": "sub/../b.png", "question": "what <image>?", "answer": "a cube", "kind": "shape"},
-        (user(None, "what <image>?"), assistant("a cube")),
+        (user("what ", None, "?"), assistant("a cube")),
         ["b.png"],
         (),
     ),
@@ -210,7 +210,7 @@ def question(**row: Any) -> dict[str, Any]:
 
 BAD_IMAGES = {
     "none there": ("none.png", "is not in"),
-    "with another suffix": ("sub/c.jpg", r"is not in .* \(there is c\.png\)"),
+    "with another suffix": ("sub/c.jpg", r"is not in .* \(there is 'sub/c\.png'\)"),
     "a folder": ("sub", "is not in"),
     "an empty file": ("empty.png", "is an empty file"),
     "up and out": ("../secret.png", "lies outside the image folder"),
@@ -225,8 +225,8 @@ BAD_IMAGES = {
     "a file below a file": ("a.png/b.png", "is not in"),
     "empty": ("", "named by its path, got ''"),
     "a number": (7, "named by its path, got 7"),
-    "an object": ({"path": "a.png"}, "named by its path, got"),
-    "a URL": ("https://example.com/a.png", "is not in"),
+    "an object": ({"name": "a.png"}, "named by its path, got"),
+    "a URL": ("https://example.com/a.png", "is an address; pictures aren't fetched"),
 }
 
 
@@ -268,18 +268,20 @@ BAD: dict[str, tuple[Any, str]] = {
         {"messages": [{"role": "system", "content": image_and("x")}, *talked("user", "assistant")["messages"]]},
         "message 1: an image in a system message",
     ),
-    "images beside messages are text": ({**talked("user", "assistant"), "images": "a.png"}, "images must be a list"),
     "more images beside than parts": (
-        {**talked("user", "assistant"), "images": ["a.png"]},
-        "0 image placeholders, but 1 images",
+        {**asked([{"type": "image"}, {"type": "text", "text": "q"}]), "images": ["a.png", "b.png"]},
+        "1 image placeholders, but 2 images: 'q' with 'a.png, b.png'",
     ),
     "fewer images beside than parts": (
         {**asked([{"type": "image"}, {"type": "image"}]), "images": ["a.png"]},
-        "named by its path, got None",
+        "2 image placeholders, but 1 images",
     ),
-    "answers of other kinds": ({"question": "q", "answers": ["a", 7]}, "question and answer must be texts"),
-    "no answers": ({"question": "q", "answers": []}, "question and answer must be texts"),
-    "blank answers": ({"question": "q", "answers": [" ", ""]}, "message 2: an empty answer"),
+    "answers of other kinds": (
+        {"question": "q", "answers": ["a", ["b"]]},
+        "each of answers must be a text, not a list",
+    ),
+    "no answers": ({"question": "q", "answers": []}, r"a question without an answer \(answers is a list: '\[\]'\)"),
+    "blank answers": ({"question": "q", "answers": [" ", ""]}, "a question without an answer"),
     "captions beside messages": ({**talked("user", "assistant"), "captions": [""]}, "captions must be a list of texts"),
     "a document of unlike lists": ({"texts": ["a"], "images": []}, "lists of the same length"),
     "a document's place with both": ({"texts": ["a"], "images": ["a.png"]}, "position 0 needs an image or a text"),
@@ -305,7 +307,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a part is text": (asked(["hi"]), "message 1: a part is of type text"),
     "a part of another type": (asked([{"type": "video", "video": "a.mp4"}]), "a part is of type text"),
     "a text part without text": (asked([{"type": "text", "text": 7}]), "a part is of type text"),
-    "an image part without image": (asked([{"type": "image"}]), "named by its path, got None"),
+    "an image part without image": (asked([{"type": "image"}]), "1 image placeholders, but 0 images"),
     "an image in an answer": (asked("what?", image_and("this")), "message 2: an image in an assistant's answer"),
     "an empty answer": (asked("what?", ""), "message 2: an empty answer"),
     "a blank answer": (asked("what?", " \n\t"), "message 2: an empty answer"),
@@ -340,11 +342,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "caption is a number": ({"image": "a.png", "caption": 7}, "captions must be one text or a list"),
     "no caption": ({"image": "a.png", "captions": []}, "captions must be one text or a list of them, none empty"),
     "an empty caption": ({"image": "a.png", "captions": ["a cube", " "]}, "none empty"),
-    "a caption of nothing": ({"caption": "a cube"}, "named by its path, got None"),
+    "a caption of nothing": ({"caption": "a cube"}, r"a caption belongs to one image, .* names 0 \(keys: caption\)"),
     "prompt is a number": ({"image": "a.png", "caption": "a cube", "prompt": 7}, "prompt must be a text, not int"),
-    "question is a list": (question(question=["what?"]), "question and answer must be texts"),
-    "no answer": ({"question": "what?"}, "question and answer must be texts"),
-    "answer is null": (question(answer=None), "question and answer must be texts"),
+    "question is a list": (question(question=["what?"]), "question must be a text, not a list: "),
+    "no answer": ({"question": "what?"}, r"a question without an answer \(keys: question\)"),
+    "answer is null": (question(answer=None), r"a question without an answer \(answer is null\)"),
     "half a surrogate pair asked": (question(question="a \ud800?"), "half of a surrogate pair"),
     "half a surrogate pair said": (asked("what?", "a \udfff"), "half of a surrogate pair"),
     "half a surrogate pair in a later caption": (

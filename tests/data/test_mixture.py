@@ -134,7 +134,7 @@ def test_a_million_rows_are_shuffled_in_little_memory() -> None:
 
 def test_a_broken_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "?", "answer": "a"}\n{"question": 3}\n')
+    path.write_text('{"question": "?", "answer": "a"}\n{"question": "?", "answer": " "}\n')
     mixture = Mixture([open_source(path)], 0, shuffle=False)
     assert isinstance(mixture.read((0, 0)), Record)
-    assert mixture.read((0, 1)) == Bad(f"{path}:2", "question and answer must be texts")
+    assert mixture.read((0, 1)) == Bad(f"{path}:2", "message 2: an empty answer")

@@ -60,6 +60,16 @@ def test_tokens_are_coloured_by_role_and_underlined_where_learned(rows: Path, ti
     assert text.plain.startswith(f"{len(reader.chat.encode(list(open_source(rows)[0].messages), [16]).input_ids)} tok")
 
 
+def test_an_answer_that_weighs_nothing_is_not_underlined(rows: Path, tiny_models: TinyModels) -> None:
+    path = rows.parent / "weights.jsonl"
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "one", "weight": 0}]
+    path.write_text(json.dumps({"conversations": [*said, *({**turn, "weight": None} for turn in said)]}))
+    record = open_source(path)[0]
+    reader = Reader(ModelSpec(str(tiny_models("early", "mlp"))))
+    for text in (_texts(record), _tokens(record, reader)):
+        assert [style for words, style in styles(text) if words == "one"] == ["green", "green underline"]
+
+
 def test_a_document_is_shown_without_a_template(rows: Path, tiny_models: TinyModels) -> None:
     path = rows.parent / "documents.jsonl"
     path.write_text(json.dumps({"images": ["0.png", None], "texts": [None, "a cat"]}))

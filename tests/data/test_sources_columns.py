@@ -101,7 +101,7 @@ def test_image_paths_of_columns_are_confined(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows" / "a.parquet")
     source = open_source(tmp_path / "rows" / "a.parquet")
     assert source[0].images == ((tmp_path / "rows" / "a.png").resolve(),)
-    for index, complaint in enumerate(["lies outside", "lies outside", "is not in", "named by its path"], start=1):
+    for index, complaint in enumerate(["lies outside", "lies outside", "is not in", "the row names 0"], start=1):
         with pytest.raises(UserError, match=rf"a\.parquet\[{index}\]: .*{complaint}"):
             source[index]
 

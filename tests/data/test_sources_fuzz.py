@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import records
+from data import image_files
 from data.formats import ROW_FORMATS, read_row
+from data.pictures import ImageBytes
 from data.records import Record
 from data.sources import FORMATS, Source, open_source
 from vlm import UserError
@@ -26,12 +27,38 @@ NAMES = st.sampled_from(
      "a.png/../a.png"]
 )  # fmt: skip
 TEXTS = st.sampled_from(
-    ["what?", "", " ", "<image>", "a <image>\n<image> b", "\ud800", "\0", "ü", "user", "gpt", "human"]
+    [
+        "what?",
+        "",
+        " ",
+        "<image>",
+        "a <image>\n<image> b",
+        "\ud800",
+        "\0",
+        "ü",
+        "user",
+        "gpt",
+        "human",
+        "<image 1>",
+        "<image 99999999999999999999>",
+        "<img>a.png</img>q",
+        "<img>../secret.png</img>",
+        "<|image_0|>",
+        "['a', 'b']",
+        "B",
+        "data:image/png;base64,AAAA",
+        "data:image/png;base64,ü",
+        "file:///etc/passwd",
+        "[[[",
+        "yes",
+        "nan",
+    ]
 )
 KEYS = st.sampled_from(
     ["messages", "conversations", "image", "images", "caption", "captions", "question", "answer", "answers", "prompt",
      "texts", "text", "text_list", "image_info", "file_name", "role", "content", "type", "from", "value", "image_name",
-     "matched_text_index", "id", "system", "assistant"]
+     "matched_text_index", "id", "system", "assistant", "user", "index", "path", "url", "image_url", "bytes", "weight",
+     "label", "history", "choices", "options", "A", "B", "tools", "video", "image_id", "query", "response", "input"]
 )  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | NAMES | TEXTS
 ANYTHING = st.recursive(
@@ -79,6 +106,7 @@ LIKELY = st.fixed_dictionaries(
         "text": TEXTS,
     },
 )
+OTHERS = st.dictionaries(KEYS, NAMES | TEXTS | LISTS | MESSAGES | ANYTHING, max_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +137,8 @@ def check(record: Record, root: Path) -> None:
     assert sum(part == {"type": "image"} for part in parts) == len(record.images)
     assert all(part == {"type": "image"} or (part["type"], type(part["text"])) == ("text", str) for part in parts)
     for image in record.images:
+        if isinstance(image, ImageBytes):  # of a data URL
+            continue
         assert isinstance(image, Path)
         assert image.resolve() == image
         assert image.is_relative_to(root.resolve())
@@ -121,7 +151,7 @@ def check(record: Record, root: Path) -> None:
         )
 
 
-@given(row=LIKELY | ANYTHING, format=st.sampled_from([None, None, *ROW_FORMATS]))
+@given(row=LIKELY | OTHERS | ANYTHING, format=st.sampled_from([None, None, *ROW_FORMATS]))
 @settings(max_examples=500 * DEPTH, deadline=None)
 def test_a_row_is_a_record_or_one_error(root: Path, row: Any, format: str | None) -> None:
     record, error = tried(lambda: read_row(row, "rows:3", root, format))
@@ -139,10 +169,10 @@ STEPS = st.lists(st.sampled_from(["a.png", "sub", "b.png", "..", ".", "", "aroun
 @settings(max_examples=300 * DEPTH, deadline=None)
 def test_the_quick_look_at_an_image_finds_what_the_careful_one_does(root: Path, steps: list[str]) -> None:
     name = "/".join(steps) or "."
-    careful, _ = tried(lambda: records._find_carefully("rows:3", name, root))
-    assert tried(lambda: records.find_image("rows:3", name, root))[0] == careful
+    careful, _ = tried(lambda: image_files._find_carefully("rows:3", name, root))
+    assert tried(lambda: image_files.find_image("rows:3", name, root))[0] == careful
     try:
-        quick = records._find_quickly(name, root)
+        quick = image_files._find_quickly(name, root)
     except (OSError, ValueError):
         quick = None
     assert quick in (None, careful)
@@ -288,6 +318,6 @@ def test_what_is_no_file_is_one_error(tmp_path: Path, kind: str, suffix: str) ->
 
 def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="unknown format 'lava'; there are messages, llava, captions, qa, documents, vqav2"
+        UserError, match="unknown format 'lava'; there are messages, llava, captions, qa, documents, turns, vqav2"
     ):
         open_source(tmp_path, format="lava")

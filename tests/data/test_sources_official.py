@@ -147,7 +147,7 @@ def test_textvqa_learns_the_most_frequent_answer(tmp_path: Path) -> None:
     assert said(source[0]) == (SHORT_ANSWER.format(question="what brand?"), "nous")
     assert said(source[1])[1] == "b"  # the first of the most frequent
     assert source[0].images == (found,)
-    with pytest.raises(UserError, match=r"train\.json\[2\]: question and answer must be texts"):
+    with pytest.raises(UserError, match=r"train\.json\[2\]: a question without an answer \(answer is null\)"):
         source[2]
 
 
@@ -167,7 +167,7 @@ def test_gqa_is_keyed_by_question(tmp_path: Path) -> None:
     assert (source[0].images, source[0].where) == ((found,), f"{path}[07333408]")
     with pytest.raises(UserError, match=r"\[07333405\]: image 'none.jpg' is not in"):
         source[1]
-    with pytest.raises(UserError, match=r"\[ü\]: question and answer must be texts"):
+    with pytest.raises(UserError, match=r"\[ü\]: a question without an answer \(answer is null\)"):
         source[2]
 
 

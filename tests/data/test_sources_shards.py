@@ -123,13 +123,13 @@ BAD_SAMPLES: dict[str, tuple[list[Any], str]] = {
     "a device": ([special("a.jpg", tarfile.CHRTYPE), ("a.txt", b"x")], "a.jpg is no plain file"),
     "a file with holes": ([special("a.jpg", tarfile.GNUTYPE_SPARSE), ("a.txt", b"x")], "a.jpg is no plain file"),
     "two of a kind": ([("a.jpg", png()), ("a.jpg", png()), ("a.txt", b"x")], r"two of its files end in \.jpg"),
-    "no picture": ([("a.txt", b"x")], "named by its path, got None"),
+    "no picture": ([("a.txt", b"x")], "a caption belongs to one image, and the row names 0"),
     "a blank caption": ([("a.jpg", png()), ("a.txt", b" ")], "captions must be one text or a list of them, none empty"),
     "not UTF-8": ([("a.jpg", png()), ("a.txt", b"\xff")], r"byte 1 of its \.txt is no UTF-8"),
     "not JSON": ([("a.jpg", png()), ("a.json", b"{")], "not valid JSON"),
     "a list": ([("a.json", [1])], "a row is an object, not list"),
     "a file outside": ([("a.json", {"question": "q", "answer": "a", "image": "/etc/passwd"})], "is not in its sample"),
-    "two captions for pictures": ([("a.0.jpg", png()), ("a.1.jpg", png()), ("a.txt", b"x")], "named by its path"),
+    "two captions for pictures": ([("a.0.jpg", png()), ("a.1.jpg", png()), ("a.txt", b"x")], "the row names 2"),
 }
 
 

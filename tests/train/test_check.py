@@ -1,18 +1,20 @@
 """What can be known beforehand is said before anything is written, and nothing stands in the corrected run's way."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import train.loop
 from tests.conftest import TinyModels
 from tests.train.kills import killed_at
 from tests.train.recipes import LANGUAGE, VISION, chat_recipe, write_recipe
 from train.build import build_encoder, build_language_model
-from train.check import check_processes, check_recipe
+from train.check import check_processes, check_recipe, check_rows, tell_rows
 from train.loop import run_training
 from train.recipe import Backbone, load_recipe
 from train.runs import Run
@@ -206,3 +208,27 @@ def test_of_a_pickle_tensors_alone_are_read_and_only_where_there_is_nothing_else
         with pytest.raises(UserError, match="cannot be loaded"):
             build(Backbone(pretrained=str(folder)))
         assert not (tmp_path / "sprung").exists()
+
+
+def test_a_run_says_which_rows_have_no_picture_and_which_columns_are_not_read(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "1.png")
+    shown = {"shot": "1.png", "question": "q", "answer": "a", "id": 1, "source": "s"}
+    rows = [shown, {**shown, "source": None}, {"question": "q", "answer": "a"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = chat_recipe(scenes)
+    settings["stages"][0]["data"] = [{"path": str(tmp_path / "rows.jsonl")}]
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", settings))
+    with pytest.raises(UserError, match=r"2 of 3 rows are broken.*the key shot names '1\.png', which isn't read"):
+        check_rows(recipe, recipe.stages[0])
+    settings["stages"][0]["data"][0]["columns"] = {"image": "shot"}
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", settings))
+    told = check_rows(recipe, recipe.stages[0])
+    said = "stage chat: 3 rows read beforehand, 1 without a picture; ignored columns: id (2), source (1)"
+    assert str(told) == said
+    tell_rows(told, aloud=False)
+    assert capsys.readouterr().err == ""
+    tell_rows(told, aloud=True)
+    assert capsys.readouterr().err == said + "\n"

@@ -33,14 +33,14 @@ def test_a_typo_is_answered_with_its_path_and_the_nearest_name(scenes: Path, tmp
     ("override", "message"),
     [
         ("stages.chat.learning_rates.conector=1e-3", "did you mean 'connector'"),
-        ("stages.chat.steps=0", r"stages\.0\.steps: .*greater than or equal to 1 \(got 0\)"),
+        ("stages.chat.steps=0", r"stages\.0\.steps: 1 or more is needed \(got 0\)"),
         ("stages.chat.steps=many", "stages.0.steps"),
         ("stages.tune.steps=3", "no entry 'tune'"),
         ("stages.chat.learning_rates.lora=1e-3", "lora settings and a learning rate for lora go together"),
         ("stages.chat.reset=[q_proj] stages.chat.learning_rates.language_model=0", "reset is for chat stages"),
         ("stages.chat.micro_batch_size=3", "doesn't divide"),
         ("model.vision.stage=clip", "no stage 'clip'"),
-        ("model.connector.depth=0", r"model\.connector\.depth: .*greater"),
+        ("model.connector.depth=0", r"model\.connector\.depth: 1 or more"),
         ("model.connector.activation=gellu", "activation 'gellu' is unknown; did you mean 'gelu'"),
         ("model.feature_layer=[]", "feature_layer needs at least one layer"),
         ("model.pretrained=runs/demo/model", "brings its own vision, language, tokenizer_vocab"),
@@ -94,8 +94,46 @@ def test_what_can_not_work_is_refused_with_its_place(scenes: Path, tmp_path: Pat
 def test_a_value_out_of_range_is_refused_with_its_path(scenes: Path, tmp_path: Path, override: str) -> None:
     settings = chat_recipe(scenes, lora={"rank": 2}, learning_rates={"connector": 1e-3, "lora": 1e-3})
     path = override.partition("=")[0].replace(".", r"\.")
-    with pytest.raises(UserError, match=rf": {path}(\.1)?: input should be [^;]*$"):
+    needed = r"(.* or more|more than .*|.* or less|less than .*|a finite number) is needed \(got [^;]*$"
+    with pytest.raises(UserError, match=rf": {path}(\.1)?: {needed}"):
         load_recipe(write_recipe(tmp_path / "r.yaml", settings), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("stages.0.steps=many", "stages.0.steps: a whole number is needed (got 'many')"),
+        ("stages.0.steps=1.5", "stages.0.steps: a whole number is needed (got 1.5)"),
+        ("stages.0.shuffle=maybe", "stages.0.shuffle: true or false is needed (got 'maybe')"),
+        ("stages.0.objective=hot", "stages.0.objective: 'contrastive', 'language' or 'chat' is needed (got 'hot')"),
+        ("stages.0.clip=-1", "stages.0.clip: more than 0 is needed (got -1)"),
+        ("stages.0.data=x", "stages.0.data: a list is needed (got 'x')"),
+        ("stages.0.data=[x]", "stages.0.data.0: a mapping {name: value} is needed (got 'x')"),
+        ("stages.0.data=[{}]", "stages.0.data.0.path: required, and missing"),
+        ("model.connector=mlp", "model.connector: a mapping {name: value} is needed (got 'mlp')"),
+        ("model.feature_layer=x", "model.feature_layer: a whole number or a list is needed (got 'x')"),
+        ("model.feature_layer=[a]", "model.feature_layer.0: a whole number is needed (got 'a')"),
+        ("stages.0.betas=[.1,.2,.3]", "stages.0.betas: a list of at most 2 is needed (got a list of 3)"),
+        ("max_bad=few", "max_bad: a share such as 0.005 or 0.5% is needed (got 'few')"),
+        ("seed=1e30", "seed: a whole number with fewer digits is needed (got 1e+30)"),
+        ("data_root={a: b}", "data_root: a text is needed (got a mapping)"),
+        ("stages.0.data.0.columns={image: [1]}", "stages.0.data.0.columns.image.0: a text is needed (got 1)"),
+        ("stages.0.data.0.columns={imag: x}", "nothing is read by the name 'imag'; did you mean 'image'?"),
+    ],
+)
+def test_what_is_needed_is_said_in_plain_words(scenes: Path, tmp_path: Path, override: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        load_recipe(write_recipe(tmp_path / "r.yaml", chat_recipe(scenes)), [override])
+    words = (
+        "nput should",
+        "ield required",
+        "xtra inputs",
+        "type=",
+        "instance of",
+        "valid dictionary",
+        "unable to parse",
+    )
+    assert not [word for word in words if word in str(error.value)]
 
 
 def test_a_stored_recipe_reads_back_equal(scenes: Path, tmp_path: Path) -> None:

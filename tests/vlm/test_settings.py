@@ -59,9 +59,9 @@ def write(tmp_path: Path, text: str) -> Path:
         ({"zzz": 1}, "zzz: unknown setting; known here: flag, free, layer, maybe, rates, stages, title"),
         ({"stages": [{}]}, "stages.0.name: required, and missing"),
         ({"stages": [{"name": "a", "steps": 0}]}, "stages.0: steps must be at least 1, got 0"),
-        ({"stages": [{"name": "a", "steps": "many"}]}, "stages.0.steps: input should be a valid integer"),
-        ({"stages": [{"name": "a", "kind": "hot"}]}, "stages.0.kind: input should be 'warm' or 'cold' (got 'hot')"),
-        ({"rates": {"x": "fast"}}, "rates.x: input should be a valid number"),
+        ({"stages": [{"name": "a", "steps": "many"}]}, "stages.0.steps: a whole number is needed (got 'many')"),
+        ({"stages": [{"name": "a", "kind": "hot"}]}, "stages.0.kind: 'warm' or 'cold' is needed (got 'hot')"),
+        ({"rates": {"x": "fast"}}, "rates.x: a number is needed (got 'fast')"),
         ([], "settings: "),
     ],
 )

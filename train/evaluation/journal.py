@@ -143,7 +143,10 @@ def digest(prompts: Sequence[Prompt]) -> str:
     """Of everything that is asked but the pictures: other questions, words or demonstrations have another one."""
     total = hashlib.sha256()
     for prompt in prompts:
-        turns = [[turn.text, turn.answer] for turn in prompt.turns]
+        turns = [
+            [turn.text, turn.answer, *([turn.asked.messages] if turn.asked is not None else [])]
+            for turn in prompt.turns
+        ]
         total.update(json.dumps([prompt.id, turns]).encode())
     return total.hexdigest()[:16]
 

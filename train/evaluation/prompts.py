@@ -2,25 +2,52 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from data.benchmarks import Benchmark, Item
+from data.benchmarks.base import Asked
 from data.pictures import ImageRef, MissingImage
 from vlm.errors import UserError
 
 CONTROLS = ("none", "blind", "shuffled")
 DRAWS = 64  # of a place to swap with, before all are looked at
+TRIES = 20  # to exchange the images of questions with several
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A user's text with an image before it or none; `answer`: what a demonstration answers, "" for the question."""
+    """A user's text with an image before it or none; `answer`: what a demonstration answers, "" for the question.
+
+    asked: the whole of a question that is more than that; `text` and `image` are then its last text and first image.
+    """
 
     text: str
     image: ImageRef | None = None
     answer: str = ""
+    asked: Asked | None = None
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        if self.asked is not None:
+            return self.asked.images
+        return () if self.image is None else (self.image,)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Made anew: whoever gets them may change them."""
+        if self.asked is not None:
+            found = [
+                {"role": message["role"], "content": [dict(part) for part in message["content"]]}
+                for message in self.asked.messages
+            ]
+        else:
+            parts: list[dict[str, Any]] = [{"type": "image"}] if self.image is not None else []
+            found = [{"role": "user", "content": [*parts, {"type": "text", "text": self.text}]}]
+        if self.answer:
+            found.append({"role": "assistant", "content": [{"type": "text", "text": self.answer}]})
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +60,7 @@ class Prompt:
 
     @property
     def images(self) -> list[ImageRef]:
-        return [turn.image for turn in self.turns if turn.image is not None]
+        return [image for turn in self.turns for image in turn.images]
 
     @property
     def size(self) -> int:
@@ -42,13 +69,7 @@ class Prompt:
 
     def messages(self) -> list[dict[str, Any]]:
         """As the chat template takes them; images are parts without a name."""
-        found = []
-        for turn in self.turns:
-            parts: list[dict[str, Any]] = [{"type": "image"}] if turn.image is not None else []
-            found.append({"role": "user", "content": [*parts, {"type": "text", "text": turn.text}]})
-            if turn.answer:
-                found.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        return found
+        return [message for turn in self.turns for message in turn.messages()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +111,7 @@ class Shots:
         drawn: dict[int, Item] = {}
         for place in self._places(rng):
             one = self.pool[place]
-            same = one.question == item.question if item.image is None else one.image == item.image
+            same = bool({*one.images} & {*item.images}) if item.images else one.question == item.question
             if not same:
                 drawn[place] = one
             if len(drawn) == self.count:
@@ -117,15 +138,56 @@ def make_prompts(
     shots: Shots | None = None,
 ) -> list[Prompt]:
     """blind withholds all images, shuffled shows each question another question's."""
-    images = controlled_images(items, control, seed)
+    pictures = controlled_pictures(items, control, seed)
     prompts = []
-    for index, (item, image) in enumerate(zip(items, images, strict=True)):
+    for index, (item, shown) in enumerate(zip(items, pictures, strict=True)):
         turns = [
-            Turn(ask(template, one), None if control == "blind" else one.image, benchmark.demonstrated(one))
+            turn(template, one, (None,) * len(one.images) if control == "blind" else one.images, benchmark)
             for one in (shots.draw(index, item) if shots else [])
         ]
-        prompts.append(Prompt(item.id, (*turns, Turn(ask(template, item), image)), benchmark.choices(item)))
+        turns.append(turn(template, item, shown))
+        if any(one.asked is not None and one.asked.messages[0]["role"] == "system" for one in turns[1:]):
+            raise UserError("--shots: a question with a system text can't stand behind demonstrations")
+        prompts.append(Prompt(item.id, tuple(turns), benchmark.choices(item)))
     return prompts
+
+
+def turn(template: str, item: Item, shown: Sequence[ImageRef | None], benchmark: Benchmark | None = None) -> Turn:
+    """An item as it's asked. shown: a picture for each of its own, None for none; benchmark: it is answered, too."""
+    images = tuple(image for image in shown if image is not None)
+    first = images[0] if images else None
+    answer = benchmark.demonstrated(item) if benchmark is not None else ""
+    if item.asked is None:
+        return Turn(ask(template, item), first, answer)
+    messages = phrased(item.asked.messages, template, item)
+    rest = iter(shown)
+    kept = [
+        {
+            **message,
+            "content": [part for part in message["content"] if part["type"] == "text" or next(rest) is not None],
+        }
+        for message in messages
+    ]
+    if len(images) > len(item.images):  # of another question, where this one has none
+        kept[-1]["content"] = [{"type": "image"}, *kept[-1]["content"]]
+    return Turn(ask(template, item), first, answer, Asked(tuple(kept), images))
+
+
+def phrased(messages: Sequence[dict[str, Any]], template: str, item: Item) -> list[dict[str, Any]]:
+    """The messages, with the template's words around the last one's text."""
+    *before, last = messages
+    parts = [dict(part) for part in last["content"]]
+    texts = [part for part in parts if part["type"] == "text"]
+    if template.count("{question}") != 1 or not texts:
+        parts = [*(part for part in parts if part["type"] != "text"), {"type": "text", "text": ask(template, item)}]
+    else:
+        head, _, tail = template.partition("{question}")
+        texts[0]["text"] = head + texts[0]["text"]
+        if parts[-1] is texts[-1]:
+            parts[-1]["text"] += tail
+        elif tail:
+            parts.append({"type": "text", "text": tail})
+    return [*before, {**last, "content": parts}]
 
 
 def ask(template: str, item: Item) -> str:
@@ -134,25 +196,57 @@ def ask(template: str, item: Item) -> str:
 
 
 def controlled_images(items: Sequence[Item], control: str, seed: int) -> list[ImageRef | None]:
-    """The image that each item is asked about. shuffled: a permutation that leaves no item its own picture.
+    """The first image that each item is asked about."""
+    return [next(iter(shown), None) for shown in controlled_pictures(items, control, seed)]
+
+
+def controlled_pictures(items: Sequence[Item], control: str, seed: int) -> list[tuple[ImageRef | None, ...]]:
+    """The images that each item is asked about, one for each of its own. shuffled: a permutation of all images that
+    leaves no item one of its own.
 
     Missing pictures stay where they are, so that the same questions fail whatever the control.
     """
-    images = [item.image for item in items]
     if control == "none":
-        return images
+        return [item.images for item in items]
     if control == "blind":
-        return [image if isinstance(image, MissingImage) else None for image in images]
-    there = [place for place, image in enumerate(images) if not isinstance(image, MissingImage)]
+        return [tuple(image if isinstance(image, MissingImage) else None for image in item.images) for item in items]
+    slots: list[list[ImageRef | None]] = [[*item.images] or [None] for item in items]
+    places = [
+        (number, place)
+        for number, some in enumerate(slots)
+        for place, image in enumerate(some)
+        if not isinstance(image, MissingImage)
+    ]
     numbers: dict[ImageRef | None, int] = {}
-    own = np.array([numbers.setdefault(images[place], len(numbers)) for place in there])
+    own = np.array([numbers.setdefault(slots[number][place], len(numbers)) for number, place in places])
     if len(numbers) < 2:
         raise UserError("--control shuffled needs at least two different images")
-    pictures = list(numbers)
-    shown = images.copy()
-    for place, number in zip(there, _shuffled(own, np.random.default_rng(seed)).tolist(), strict=True):
-        shown[place] = pictures[number]
-    return shown
+    rng = np.random.default_rng(seed)
+    if len(places) > len({number for number, _ in places}):
+        taken = [{numbers[image] for image in slots[number] if image in numbers} for number, _ in places]
+        dealt = _exchanged(own, taken, rng)
+    else:
+        dealt = _shuffled(own, rng).tolist()
+    pictures, shown = list(numbers), [[*some] for some in slots]
+    for (number, place), which in zip(places, dealt, strict=True):
+        shown[number][place] = pictures[which]
+    return [tuple(some) for some in shown]
+
+
+def _exchanged(own: np.ndarray, taken: Sequence[set[int]], rng: np.random.Generator) -> list[int]:
+    """A permutation of `own` that has at each place none of the numbers that are `taken` there, its own among them."""
+    for _ in range(TRIES):
+        found = rng.permutation(own).tolist()
+        for i, mine in enumerate(taken):
+            if found[i] not in mine:
+                continue
+            drawn = chain(rng.integers(len(found), size=DRAWS).tolist(), rng.permutation(len(found)).tolist())
+            j = next((j for j in drawn if found[j] not in mine and found[i] not in taken[j]), None)
+            if j is not None:
+                found[i], found[j] = found[j], found[i]
+        if all(one not in mine for one, mine in zip(found, taken, strict=True)):
+            return found
+    raise UserError("--control shuffled: some images belong to too many of the items to be exchanged")
 
 
 def _shuffled(own: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -144,7 +144,9 @@ def _demonstrations(benchmark: Benchmark, question: Question, allow_partial: boo
             check_pictures(found)
     except UserError as error:
         raise UserError(f"--shots-data: {error}") from None
-    return [item for item in found if item.references and not isinstance(item.image, MissingImage)]
+    return [
+        item for item in found if item.references and not any(isinstance(image, MissingImage) for image in item.images)
+    ]
 
 
 def _hash(question: Question) -> str | None:

@@ -117,6 +117,7 @@ def _scores(model: Path, run: Path | None) -> Iterator[str]:
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in content.get("metrics", {}).items())
         control = content["settings"].get("control", "none")
         images = {"none": "shown", "blind": "withheld", "shuffled": "exchanged"}.get(control, control)
+        images = "none" if content.get("questions_with_images") == 0 else images
         yield f"| {path.parent.name} | {content.get('task')} | {images} | {content.get('n')} | {metrics} |"
     yield ""
 

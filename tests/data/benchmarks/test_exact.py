@@ -58,9 +58,10 @@ def test_items_have_their_pictures_ids_and_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"question": "what?"}, r"questions\.jsonl:2: a row needs an answer, which is text"),
-        ({"question": "what?", "answer": 3}, r"questions\.jsonl:2: a row needs an answer, which is text"),
-        ({"answer": "red"}, r"questions\.jsonl:2: a row needs a question, which is text"),
+        ({"question": "what?"}, r"questions\.jsonl:2: a question without an answer \(keys: question\)"),
+        ({"question": "what?", "answer": {"x": 3}}, r"questions\.jsonl:2: answer must be a text, not an object"),
+        ({"answer": "red"}, r"questions\.jsonl:2: unknown kind of row \(keys: answer\)"),
+        ({"texts": ["x", None], "images": [None, "a.png"]}, r"questions\.jsonl:2: a document, which has no question"),
         ({"question": "what?", "answer": "red", "image": "../a.png"}, r"questions\.jsonl:2: .* lies outside"),
         ({"question": "what?", "answer": "red", "image": "none.png"}, r"questions\.jsonl:2: .* is not in"),
     ],

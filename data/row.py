@@ -1,0 +1,105 @@
+"""`Row`: one parsed row with what its keys mean, from which a format takes what it reads."""
+
+from typing import Any
+
+from data.row_keys import Layout
+from data.unread import is_empty
+from vlm.errors import UserError
+
+_ASIDE = ("http://", "https://")
+
+
+class Row:
+    """data: without the keys that hold null, which are `nulls`; ignored: gets the keys that are left out; lenient:
+    pictures may be missing."""
+
+    __slots__ = ("_pictures", "data", "ignored", "layout", "lenient", "nulls", "root", "where")
+
+    def __init__(self, data: dict[str, Any], where: str, root: Any, layout: Layout, lenient: bool) -> None:
+        self.data, self.where, self.root, self.layout, self.lenient = data, where, root, layout, lenient
+        self.ignored = set(layout.unread)
+        self.nulls: tuple[str, ...] = ()
+        self._pictures: list[Any] | None = None
+
+    def key(self, *meanings: str) -> str | None:
+        """The first key of the row that is read as one of these and holds something."""
+        for meaning in meanings:
+            for key in self.layout.keys.get(meaning, ()):
+                if self.data[key] is False or not is_empty(self.data[key]):
+                    return key
+        return None
+
+    def value(self, *meanings: str) -> Any:
+        key = self.key(*meanings)
+        return None if key is None else self.data[key]
+
+    def text(self, *meanings: str) -> str | None:
+        """As text; None where there is none. Numbers and booleans are taken as JSON writes them."""
+        if self.layout.keys.keys().isdisjoint(meanings):
+            return None
+        key = self.key(*meanings)
+        return None if key is None else as_text(self.data[key], key, self.where)
+
+    def pictures(self) -> list[Any]:
+        """What the row names beside its texts, in order. UserError when two keys name different ones."""
+        if not self.layout.images:
+            return []
+        if self._pictures is None:
+            self._pictures = self._read_pictures()
+        return self._pictures
+
+    def _read_pictures(self) -> list[Any]:
+        if len(self.layout.images) == 1 and len(self.layout.images[0]) == 1:
+            value = self.data[self.layout.images[0][0]]
+            return value if isinstance(value, list) else [] if value is None else [value]
+        found: list[Any] = []
+        by = ""
+        for group in self.layout.images:
+            some = [image for key in group if self.data[key] is not None for image in _listed(self.data[key])]
+            if not some:
+                continue
+            if not by:
+                found, by = some, group[0]
+            elif _names(some) > _names(found):
+                self.ignored.add(by)
+                found, by = some, group[0]
+            elif _are_others(some, found):
+                raise UserError(
+                    f"{self.where}: the keys {by} and {group[0]} name different pictures; columns: {{image: {by}}} "
+                    f"reads the one, columns: {{image: [{by}, {group[0]}]}} both"
+                )
+            else:
+                self.ignored.update(group)
+        return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _are_others(some: list[Any], found: list[Any]) -> bool:
+    """Whether these are other pictures than those that are read; names beside bytes tell where they came from."""
+    if not all(isinstance(image, str) for image in found) or not all(isinstance(image, str) for image in some):
+        return any(not isinstance(image, str) for image in some)
+    return not all(image.startswith(_ASIDE) for image in some) and not _names(some) <= _names(found)
+
+
+def _names(images: list[Any]) -> set[str]:
+    return {str(image).replace("\\", "/").rpartition("/")[2] for image in images}
+
+
+def as_text(value: Any, key: str, where: str) -> str:
+    """A text, number or boolean as text; UserError that says what was found of anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    raise UserError(f"{where}: {key} must be a text, not {kind_of(value)}")
+
+
+def kind_of(value: Any) -> str:
+    names = {dict: "an object", list: "a list", type(None): "null", str: "a text", bool: "a boolean"}
+    shown = f": {str(value)[:60]!r}" if isinstance(value, (dict, list)) else ""
+    return f"{names.get(type(value), f'a {type(value).__name__}')}{shown}"
