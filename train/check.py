@@ -82,7 +82,7 @@ class RowsRead:
 
     def __str__(self) -> str:
         of = f" of {self.rows:,}" if self.rows is not None and self.read < self.rows else ""
-        told = f"stage {self.stage}: {self.read:,}{of} rows read beforehand, {self.pictureless:,} without a picture"
+        told = f"stage {self.stage}: {self.read:,} sound rows read first{of}, {self.pictureless:,} without a picture"
         keys = dict(self.ignored.most_common())
         return told + (f"; ignored columns: {listed_keys(keys)}" if keys else "")
 

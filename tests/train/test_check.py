@@ -226,7 +226,7 @@ def test_a_run_says_which_rows_have_no_picture_and_which_columns_are_not_read(
     settings["stages"][0]["data"][0]["columns"] = {"image": "shot"}
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", settings))
     told = check_rows(recipe, recipe.stages[0])
-    said = "stage chat: 3 rows read beforehand, 1 without a picture; ignored columns: id (2), source (1)"
+    said = "stage chat: 3 sound rows read first, 1 without a picture; ignored columns: id (2), source (1)"
     assert str(told) == said
     tell_rows(told, aloud=False)
     assert capsys.readouterr().err == ""
