@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from vlm import self_test
 from vlm.auto import register
-from vlm.errors import UserError, first_line
+from vlm.errors import DiskFullError, UserError, disk_full, first_line, room_for
 from vlm.hub import fetch
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
@@ -185,7 +185,10 @@ def pin_tokenizer(folder: Path, **settings: str) -> None:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well, and vanishes when it doesn't."""
+    """A new folder beside `folder` that takes its place when the block ends well, and vanishes when it doesn't.
+
+    DiskFullError where there is no room for it.
+    """
     folder = folder.resolve()  # "." has no name, and a link would be replaced instead of what it leads to
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
@@ -195,9 +198,11 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror})") from None
+        kind = DiskFullError if disk_full(error) else UserError
+        raise kind(f"{folder}: can't be written ({error.strerror})") from None
     try:
-        yield partial
+        with room_for(folder):
+            yield partial
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
             folder.rename(old)
