@@ -47,7 +47,11 @@ def load(
     try:
         with quietly():
             model, report = VisionLanguageModel.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                folder,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below: transformers only logs which they are
             )
             processor = VisionLanguageProcessor.from_pretrained(folder, trust_remote_code=False)
     except SafetensorError as error:
@@ -55,6 +59,10 @@ def load(
     except Exception as error:  # transformers fails in many ways on broken folders
         raise UserError(f"{source}: cannot be loaded ({first_line(error)})") from error
     check_complete(source, report)
+    if left := sorted(report["unexpected_keys"]):
+        raise UserError(
+            f"{source}: its config.json has no place for {len(left)} of its tensors, the first is {left[0]}"
+        )
     if processor.image_tokens != model.config.image_tokens:
         raise UserError(
             f"{source}: processor_config.json counts image tokens for another model than config.json "
@@ -68,7 +76,13 @@ def load(
 
 
 def check_complete(source: str | Path, report: dict[str, Any]) -> None:
-    """UserError when transformers has drawn tensors at random that the files of a model lack."""
+    """UserError where a model's files lack tensors, or have them in other shapes: transformers draws them at random."""
+    if other := sorted(report["mismatched_keys"]):
+        name, there, asked = other[0]
+        raise UserError(
+            f"{source}: its weights don't fit its config.json: {name} is {list(there)} there, and "
+            f"{list(asked)} is asked for"
+        )
     if lacking := sorted(report["missing_keys"]):
         raise UserError(f"{source}: its weights lack {len(lacking)} tensors, the first is {lacking[0]}")
 
