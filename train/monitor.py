@@ -41,7 +41,7 @@ class Monitor:
 
         folder = self.run.folder / "tensorboard"
         with ExitStack() as opened:
-            opened.enter_context(_full_disks_told_once())
+            opened.enter_context(told_once())
             with room_for(folder):
                 self.board = None if self.quiet else SummaryWriter(str(folder))
             self.opened = opened.pop_all()
@@ -112,9 +112,9 @@ class Monitor:
 
 
 @contextmanager
-def _full_disks_told_once() -> Iterator[None]:
-    """TensorBoard writes in a thread of its own and raises what failed there again at the next call: a traceback of the
-    thread says nothing more."""
+def told_once() -> Iterator[None]:
+    """For full disks. TensorBoard writes in a thread of its own and raises what failed there again at the next call, so
+    that the thread's own traceback says nothing more."""
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:

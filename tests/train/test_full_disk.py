@@ -8,6 +8,7 @@ import errno
 import resource
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import train.loop
 from tests.train.recipes import chat_recipe, write_recipe
 from train.loop import run_training
+from train.monitor import told_once
 from train.recipe import load_recipe
 from train.runs import Run
 from train.state import Position, latest, save_state
@@ -145,6 +147,32 @@ def test_a_checkpoint_without_room_leaves_the_last_good_one(tmp_path: Path) -> N
     with files_up_to(1000), pytest.raises(DiskFullError, match="step-2"):
         save_state(tmp_path, Position(0, 2, 2, [], [], [], []), model, optimizer, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_line_that_has_no_room_is_not_there_by_half(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.log({"step": 1, "loss": 0.5})
+    before = run.metrics_file.read_bytes()
+    with files_up_to(len(before) + 10), pytest.raises(DiskFullError, match=r"metrics\.jsonl"):
+        run.log({"step": 2, "loss": 0.25})
+    assert run.metrics_file.read_bytes() == before
+
+
+def test_a_thread_that_finds_the_disk_full_shows_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's; whatever else fails in a thread is shown as ever."""
+    shown: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: shown.append(failed.exc_value))
+    others = KeyError("x")
+    with told_once():
+        for error in (OSError(errno.ENOSPC, "No space left on device"), others):
+            thread = threading.Thread(target=fail, args=(error,))
+            thread.start()
+            thread.join()
+    assert shown == [others]
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 def test_an_evaluation_an_export_and_a_report_name_what_they_could_not_write(
