@@ -1,8 +1,11 @@
 """`vlm serve` and `vlm chat`. Nothing heavy is imported before it is needed."""
 
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,19 +157,33 @@ def run_chat(options: argparse.Namespace) -> int:
         raise UserError(f"{missing}: no such image")
     engine, processor = load_engine(options, model_name(options.model), max_batch=1, max_waiting=1)
 
-    from serve.terminal import Conversation
+    from serve.terminal import Conversation, ModelError
 
     conversation = Conversation(engine, processor, options.max_tokens, options.temperature)
     for file in files:
         conversation.show(Path(file))
-    engine.start()
+    with _engine_log(shown=options.debug):
+        engine.start()
+        try:
+            if prompt is not None:
+                conversation.ask(prompt, sys.stdout)
+                return 0
+            return conversation.run(sys.stdin, sys.stdout)
+        except ModelError as error:
+            raise UserError(f"{options.model}: {error}") from error
+        finally:
+            engine.stop()
+
+
+@contextmanager
+def _engine_log(shown: bool) -> Iterator[None]:
+    """The engine logs where in the code a model failed; who chats is told why in the one sentence at the end."""
+    log = logging.getLogger("serve.engine")
+    before, log.disabled = log.disabled, not shown
     try:
-        if prompt is not None:
-            conversation.ask(prompt, sys.stdout)
-            return 0
-        return conversation.run(sys.stdin, sys.stdout)
+        yield
     finally:
-        engine.stop()
+        log.disabled = before
 
 
 def load_engine(

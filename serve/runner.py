@@ -11,7 +11,7 @@ from serve.cache import ImageCache, SlotCache, check_cacheable
 from serve.engine import ImageInput
 from vlm import VisionLanguageModel, Visual
 from vlm.configuration import context_length
-from vlm.errors import UserError
+from vlm.errors import UserError, first_line
 from vlm.fusion import MediaLayout
 
 IMAGES_PER_CALL = 16
@@ -54,7 +54,7 @@ class ModelRunner:
             self.decode([self._pad_id] * rows, [1, 0][:rows])
         except Exception as error:
             raise UserError(
-                f"the torch engine can't serve this {self.config.text_config.model_type} model: {error}"
+                f"the torch engine can't serve this {self.config.text_config.model_type} model: {first_line(error)}"
             ) from error
         if not all(layer.is_initialized for layer in self.rows.slots):
             kind = self.config.text_config.model_type

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from serve.engine import ImageInput, Request, SamplingParams
-from serve.errors import EngineError
+from serve.errors import EngineError, ParameterError
 from serve.media import prepare_image
 from serve.torch_engine import TorchEngine
 from vlm import UserError, VisionLanguageProcessor
+from vlm.errors import first_line
 from vlm.images import read_image
 
 HELP = "/image FILE shows a picture, /reset starts again, /quit ends"
+
+
+class ModelError(UserError):
+    """The model, and not what was asked, is why there is no answer."""
 
 
 class Conversation:
@@ -36,12 +41,18 @@ class Conversation:
         self.messages, self.images, self.shown = [], [], []
 
     def ask(self, text: str, out: IO[str]) -> str:
-        """Writes the answer to `out` as it comes, and remembers both. Nothing is remembered when it fails."""
+        """Writes the answer to `out` as it comes, and remembers both. Nothing is remembered when it fails.
+
+        UserError when it doesn't fit the context, ModelError when the model can't answer.
+        """
         content = [*({"type": "image"} for _ in self.shown), {"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": content}]
         images = [*self.images, *self.shown]
         placeholders = [image.placeholders for image in images]
-        encoded = self.processor.chat.encode(messages, placeholders, add_generation_prompt=True)
+        try:
+            encoded = self.processor.chat.encode(messages, placeholders, add_generation_prompt=True)
+        except Exception as error:  # turns that alternate suit every template, and words every tokenizer
+            raise ModelError(f"its chat template or tokenizer fails ({first_line(error)})") from error
         left = self.engine.info.context_length - len(encoded.input_ids)
         if left < 1:
             held = self.engine.info.context_length
@@ -49,7 +60,12 @@ class Conversation:
         limit = left if self.max_tokens is None else min(self.max_tokens, left)
         sampling = SamplingParams(max_tokens=limit, temperature=self.temperature)
         request = Request(uuid.uuid4().hex, encoded.input_ids, tuple(images), sampling)
-        answer = asyncio.run(self._stream(request, out))
+        try:
+            answer = asyncio.run(self._stream(request, out))
+        except ParameterError as error:
+            raise ModelError(f"its tokenizer doesn't fit its config.json ({error})") from error
+        except EngineError as error:
+            raise ModelError(f"{error} ({first_line(error.__cause__ or error)})") from error
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         self.images, self.shown = images, []
         return answer
@@ -66,7 +82,8 @@ class Conversation:
         return "".join(parts)
 
     def run(self, source: IO[str], out: IO[str]) -> int:
-        """Questions and commands, line by line, until the end of `source` or /quit."""
+        """Questions and commands, line by line, until the end of `source` or /quit. A mistake is told and the next line
+        read; ModelError ends it."""
         interactive = source.isatty()
         if interactive:
             import readline  # noqa: F401  (gives input() a history and editing)
@@ -88,7 +105,9 @@ class Conversation:
                         raise UserError(f"{command} is not known here; {HELP}")
                     case _:
                         self.ask(line.strip(), out)
-            except (UserError, EngineError) as error:
+            except ModelError:
+                raise
+            except UserError as error:
                 out.write(f"{error}\n")
         return 0
 

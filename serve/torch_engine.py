@@ -110,9 +110,9 @@ class TorchEngine:
             value: float | EngineError
             try:
                 value = self.runner.score(Prompt(input_ids, self.runner.encode(images)), continuation)
-            except Exception:  # whatever a model raises: it is logged, this request told, and the others go on
+            except Exception as error:  # whatever a model raises: it is logged, this request told, the others go on
                 log.exception("scoring failed")
-                value = RequestError("the model failed on this request")
+                value = _failure(error)
             loop.call_soon_threadsafe(settle, value)
 
         with self._wake:
@@ -196,11 +196,11 @@ class TorchEngine:
         first = len(self.scheduler.running)
         try:
             rows, logits = self._start(tickets, first)
-        except Exception:  # whatever a model raises: one request alone is told, several are tried one by one
+        except Exception as error:  # whatever a model raises: one request alone is told, several are tried one by one
             self.runner.rows.clear_rows(first, sum(ticket.request.n for ticket in tickets))
             if len(tickets) == 1:
                 log.exception("request %s failed", tickets[0].request.id)
-                tickets[0].end(RequestError("the model failed on this request"))
+                tickets[0].end(_failure(error))
                 return
             for ticket in tickets:  # one of them is the culprit; the others go on
                 self._prefill([ticket])
@@ -230,10 +230,10 @@ class TorchEngine:
                 self.runner.show([row.media for row in rows])
                 self._rows_changed = False
             logits = self.runner.decode([row.last_token for row in rows], [row.position for row in rows])
-        except Exception:
+        except Exception as error:
             log.exception("a decoding step failed; its %d rows are lost", len(rows))
             for row in rows:
-                row.ticket.end(RequestError("the model failed on this request"))
+                row.ticket.end(_failure(error))
             self.runner.rows.clear_rows(0, len(rows))
             return
         for row in rows:
@@ -249,9 +249,9 @@ class TorchEngine:
                 if not choice.finite:
                     raise ArithmeticError("the model gave non-finite logits")
                 row.accept(choice, self._eos_ids)
-            except Exception:
+            except Exception as error:
                 log.exception("request %s failed", row.ticket.request.id)
-                row.ticket.end(RequestError("the model failed on this request"))
+                row.ticket.end(_failure(error))
                 self.runner.rows.clear_rows(first + index, 1)
         self._retire()
 
@@ -280,6 +280,13 @@ class TorchEngine:
         sampler = Sampler(request.sampling, request.input_ids, self._info.vocab_size, choice, self.runner.device)
         detokenizer = Detokenizer(self._decode_ids, request.sampling.stop)
         return Row(ticket, choice, sampler, detokenizer, self.runner.media_of(prompt.visuals))
+
+
+def _failure(error: Exception) -> RequestError:
+    """What a request is told; its cause is for whoever runs the engine."""
+    failure = RequestError("the model failed on this request")
+    failure.__cause__ = error
+    return failure
 
 
 def find_eos_ids(model: VisionLanguageModel, processor: VisionLanguageProcessor) -> frozenset[int]:

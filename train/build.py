@@ -23,7 +23,7 @@ from data.sources import Source, open_data
 from data.streams import Stream, spread
 from train.recipe import Backbone, Model, Recipe, Stage
 from train.runs import Run
-from vlm.checkpoint import check_complete, check_source, load
+from vlm.checkpoint import check_complete, check_source, load, written_aside
 from vlm.configuration import VisionLanguageConfig
 from vlm.contrastive import make_clip
 from vlm.convert.images import read_image_settings
@@ -67,7 +67,8 @@ def find_tokenizer(recipe: Recipe, run: Run) -> PreTrainedTokenizerBase:
         if recipe.model.chat_template is not None:
             template = find_template(recipe.model.chat_template)
             tokenizer.chat_template = fit_template(template, tokenizer, IMAGE_TOKEN)
-        tokenizer.save_pretrained(run.tokenizer)
+        with written_aside(run.tokenizer) as partial:
+            tokenizer.save_pretrained(partial)
     loaded = read_tokenizer(run.tokenizer)
     towers = {"model.language.config": recipe.model.language.config, "model.text_tower": recipe.model.text_tower}
     for where, settings in towers.items():

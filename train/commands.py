@@ -10,7 +10,7 @@ from vlm.errors import UserError
 def train(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
-        "  vlm train configs/finetune.yaml model.pretrained=runs/demo/model data_root=mydata --out runs/mine\n"
+        "  vlm train configs/finetune.yaml model.pretrained=models/llava data_root=mydata --out runs/mine\n"
         "  vlm train configs/finetune.yaml stages.chat.steps=500 stages.chat.learning_rates.lora=1e-4 --out runs/b\n"
         "  vlm train runs/mine/recipe.yaml --out runs/mine --resume\n"
         "  vlm train runs/mine/recipe.yaml --out runs/mine --resume stages.chat.steps=1000    (a longer run)"

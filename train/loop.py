@@ -40,7 +40,7 @@ from train.state import (
 from vlm.checkpoint import link_folder
 from vlm.device import keep_freed_memory, pick_device, pick_dtype
 from vlm.documents import packed_attention
-from vlm.errors import UserError, first_line
+from vlm.errors import DiskFullError, UserError, first_line
 from vlm.threads import describe_threads
 
 
@@ -71,6 +71,8 @@ def run_training(recipe: Recipe, folder: Path, resume: bool = False) -> Run:
     except BaseException as error:
         if claimed:
             run.abandon()
+        if isinstance(error, DiskFullError):
+            raise DiskFullError(f"{error}; make room, and go on with --resume") from error
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
             raise UserError(
                 f"a worker that prepares rows has ended ({first_line(error)}); most often memory ran out: lower "

@@ -2,7 +2,10 @@
 
 import math
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from train.runs import Run
+from vlm.errors import DiskFullError, disk_full, room_for
 
 PLAIN_EVERY_SECONDS = 10.0
 
@@ -35,14 +39,26 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = None if self.quiet else SummaryWriter(str(self.run.folder / "tensorboard"))
+        folder = self.run.folder / "tensorboard"
+        with ExitStack() as opened:
+            opened.enter_context(told_once())
+            with room_for(folder):
+                self.board = None if self.quiet else SummaryWriter(str(folder))
+            self.opened = opened.pop_all()
         self.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.progress.stop()
-        if self.board is not None:
-            self.board.close()
+        with self.opened:
+            if self.board is None:
+                return
+            try:
+                with room_for(self.run.folder / "tensorboard"):
+                    self.board.close()
+            except DiskFullError:
+                if error is None:  # else the run ends by what came first
+                    raise
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -79,9 +95,10 @@ class Monitor:
         if self.board is None:
             return
         self.run.log(entry)
-        for name, value in entry.items():
-            if isinstance(value, float) and math.isfinite(value):
-                self.board.add_scalar(name, value, entry["step"])
+        with room_for(self.run.folder / "tensorboard"):
+            for name, value in entry.items():
+                if isinstance(value, float) and math.isfinite(value):
+                    self.board.add_scalar(name, value, entry["step"])
         loss = "skipped" if entry.get("skipped") else f"loss {entry['loss']:.4f}"
         shown = f"{loss}  {entry['tokens_per_second']:,.0f} tok/s"
         if self.task is not None:
@@ -92,3 +109,20 @@ class Monitor:
             left = (self.total - done) * entry["seconds"] / max(1, done - self.done)
             print(f"{self.stage} {done}/{self.total}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
         self.done = done
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """For full disks. TensorBoard writes in a thread of its own and raises what failed there again at the next call, so
+    that the thread's own traceback says nothing more."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_value is None or disk_full(failed.exc_value) is None:
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -12,7 +12,7 @@ import jinja2
 
 from data.benchmarks import Item
 from data.pictures import ImageRef, load_image
-from train.runs import Run
+from train.runs import Run, replace_text
 
 THUMBNAIL = 160  # pixels
 _templates = jinja2.Environment(loader=jinja2.PackageLoader("train"), autoescape=True, undefined=jinja2.StrictUndefined)
@@ -60,7 +60,7 @@ def write_run_page(
         samples=samples,
         recipe=run.recipe_file.read_text(encoding="utf-8"),
     )
-    path.write_text(page, encoding="utf-8")
+    replace_text(path, page)
 
 
 def stage_curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:

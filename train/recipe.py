@@ -166,8 +166,14 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError(f"stage {self.name!r} needs data")
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"stage {self.name!r} needs either steps or epochs")
+        if self.steps is None and self.epochs is None:
+            raise ValueError(f"stage {self.name!r} has neither steps nor epochs; give one of them")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"stage {self.name!r} has both steps ({self.steps}) and epochs ({self.epochs:g}), and only one of them "
+                f"can say when it ends; clear the other with stages.{self.name}.steps=null or "
+                f"stages.{self.name}.epochs=null"
+            )
         if self.packing.mode != "none" and (self.objective == "contrastive" or self.group > 1 or not self.shuffle):
             raise ValueError(
                 f"packing.mode {self.packing.mode} puts rows in another order: not for contrastive stages, group or "

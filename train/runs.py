@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any
 from data.bad import Bad
 from train.changes import Change, changes
 from train.recipe import Recipe, Stage
-from vlm.errors import UserError
+from vlm.errors import UserError, room_for
 from vlm.settings import dump, parse, read_yaml
 from vlm.templates import SUPPLIED, find_template
 
@@ -81,8 +82,8 @@ class Run:
             self.stage(last).rename(self.stage(f"{last}-until-{steps}"))
             if self.finished:
                 shutil.rmtree(self.model)
-        with self.changes_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": steps, "changed": {c.path: [c.held, c.new] for c in changed}}) + "\n")
+        line = {"step": steps, "changed": {c.path: [c.held, c.new] for c in changed}}
+        _append(self.changes_file, json.dumps(line) + "\n")
         self._store(recipe)
 
     def _check_progress(self, held: Stage, new: Stage, is_last: bool) -> None:
@@ -106,9 +107,7 @@ class Run:
         return (self.stage(stage) / "config.json").is_file()
 
     def _store(self, recipe: Recipe) -> None:
-        partial = self.recipe_file.with_suffix(".partial")
-        partial.write_text(dump(recipe), encoding="utf-8")
-        partial.replace(self.recipe_file)
+        replace_text(self.recipe_file, dump(recipe))
 
     def abandon(self) -> None:
         """Removes the run if it has done no step and named no broken row, so that it isn't in the way of the next."""
@@ -130,8 +129,7 @@ class Run:
         return sum(entry["stage"] == stage for entry in self.metrics())
 
     def log(self, entry: dict[str, Any]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
+        _append(self.metrics_file, json.dumps(_finite(entry), allow_nan=False) + "\n")
 
     def quarantined(self, stage: str) -> list[Bad]:
         """The rows that a stage has left out so far."""
@@ -139,10 +137,8 @@ class Run:
         return [Bad(entry["where"], entry["reason"]) for entry in entries if entry["stage"] == stage]
 
     def quarantine(self, rows: Iterable[Bad], stage: str, step: int) -> None:
-        with self.quarantine_file.open("a", encoding="utf-8") as file:
-            for row in rows:
-                entry = {"where": row.where, "reason": row.reason, "stage": stage, "step": step}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        entries = [{"where": row.where, "reason": row.reason, "stage": stage, "step": step} for row in rows]
+        _append(self.quarantine_file, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
     def forget_after(self, step: int) -> None:
         """Removes what was logged after `step`, also a line that was cut off in the middle of writing."""
@@ -157,9 +153,20 @@ class Run:
                     break
                 if entry["step"] <= step:
                     kept.append(line + "\n")
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(path)
+            replace_text(path, "".join(kept))
+
+
+def _append(path: Path, text: str) -> None:
+    """Adds lines to a file. Where there is no room for them it is as it was, without half a line."""
+    before = path.stat().st_size if path.is_file() else 0
+    with room_for(path):
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            if path.is_file():
+                os.truncate(path, before)
+            raise
 
 
 def _finite(value: Any) -> Any:
@@ -183,3 +190,14 @@ def resolved(recipe: Recipe, held: Recipe | None, threads: int) -> Recipe:
     if model.chat_template is not None and model.chat_template not in SUPPLIED:
         model = replace(model, chat_template=find_template(model.chat_template))
     return replace(recipe, model=model, data_root=str(Path(recipe.data_root).resolve()), threads=threads)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file anew, or leaves it as it was."""
+    partial = path.with_suffix(".partial")
+    with room_for(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -42,7 +42,8 @@ def save_state(folder: Path, position: Position, model: nn.Module, optimizer: to
     with written_aside(folder / f"step-{position.step}") as partial:
         save_file(learning, partial / "learning.safetensors")
         state = {"optimizer": optimizer.state_dict(), "position": vars(position)}
-        torch.save(state, partial / "state.pt")
+        with (partial / "state.pt").open("wb") as file:  # given a path, torch hides what the system said
+            torch.save(state, file)
     for old in sorted(folder.glob("step-*"), key=_number)[:-keep]:
         shutil.rmtree(old)
 

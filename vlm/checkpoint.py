@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from vlm import self_test
 from vlm.auto import register
-from vlm.errors import UserError, first_line
+from vlm.errors import DiskFullError, UserError, disk_full, first_line, room_for
 from vlm.hub import fetch
 from vlm.modeling import VisionLanguageModel
 from vlm.processing import VisionLanguageProcessor
@@ -47,7 +47,11 @@ def load(
     try:
         with quietly():
             model, report = VisionLanguageModel.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                folder,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below: transformers only logs which they are
             )
             processor = VisionLanguageProcessor.from_pretrained(folder, trust_remote_code=False)
     except SafetensorError as error:
@@ -55,6 +59,10 @@ def load(
     except Exception as error:  # transformers fails in many ways on broken folders
         raise UserError(f"{source}: cannot be loaded ({first_line(error)})") from error
     check_complete(source, report)
+    if left := sorted(report["unexpected_keys"]):
+        raise UserError(
+            f"{source}: its config.json has no place for {len(left)} of its tensors, the first is {left[0]}"
+        )
     if processor.image_tokens != model.config.image_tokens:
         raise UserError(
             f"{source}: processor_config.json counts image tokens for another model than config.json "
@@ -68,7 +76,13 @@ def load(
 
 
 def check_complete(source: str | Path, report: dict[str, Any]) -> None:
-    """UserError when transformers has drawn tensors at random that the files of a model lack."""
+    """UserError where a model's files lack tensors, or have them in other shapes: transformers draws them at random."""
+    if other := sorted(report["mismatched_keys"]):
+        name, there, asked = other[0]
+        raise UserError(
+            f"{source}: its weights don't fit its config.json: {name} is {list(there)} there, and "
+            f"{list(asked)} is asked for"
+        )
     if lacking := sorted(report["missing_keys"]):
         raise UserError(f"{source}: its weights lack {len(lacking)} tensors, the first is {lacking[0]}")
 
@@ -185,7 +199,10 @@ def pin_tokenizer(folder: Path, **settings: str) -> None:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well, and vanishes when it doesn't."""
+    """A new folder beside `folder` that takes its place when the block ends well, and vanishes when it doesn't.
+
+    DiskFullError where there is no room for it.
+    """
     folder = folder.resolve()  # "." has no name, and a link would be replaced instead of what it leads to
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
@@ -195,9 +212,11 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror})") from None
+        kind = DiskFullError if disk_full(error) else UserError
+        raise kind(f"{folder}: can't be written ({error.strerror})") from None
     try:
-        yield partial
+        with room_for(folder):
+            yield partial
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
             folder.rename(old)

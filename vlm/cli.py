@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from vlm import __version__
-from vlm.errors import UserError
+from vlm.errors import UserError, disk_full, first_line
 from vlm.threads import settle_threads
 
 # command -> ("module:function that adds the arguments and sets `run`", help line)
@@ -45,10 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        hint = "" if isinstance(error, UserError) else f" [{type(error).__name__}; --debug shows where]"
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"vlm {options.command}: {told}{hint}", file=sys.stderr)
+        print(f"vlm {options.command}: {_told(error, getattr(options, 'out', None))}", file=sys.stderr)
         return 1
+
+
+def _told(error: Exception, out: object) -> str:
+    """The sentence of an error. out: where the command writes, for libraries that don't say where there was no room."""
+    if isinstance(error, UserError):
+        return str(error)
+    named = error.filename if isinstance(error, OSError) else None
+    if (said := disk_full(error)) is not None and (named or out):
+        return f"{named or out}: can't be written ({said}); make room, and run it again"
+    told = f"{named}: {error.strerror}" if isinstance(error, OSError) and named else first_line(error)
+    return f"{told} [{type(error).__name__}; --debug shows where]"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -136,6 +136,14 @@ def test_what_is_needed_is_said_in_plain_words(scenes: Path, tmp_path: Path, ove
     assert not [word for word in words if word in str(error.value)]
 
 
+def test_steps_beside_epochs_name_both_and_the_override_that_clears_one(scenes: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", chat_recipe(scenes, steps=200))
+    with pytest.raises(UserError, match=r"has both steps \(200\) and epochs \(3\), .* stages\.chat\.steps=null or"):
+        load_recipe(recipe, ["stages.chat.epochs=3"])
+    cleared = load_recipe(recipe, ["stages.chat.epochs=3", "stages.chat.steps=null"]).stages[0]
+    assert (cleared.steps, cleared.epochs) == (None, 3)
+
+
 def test_a_stored_recipe_reads_back_equal(scenes: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", chat_recipe(scenes)), ["stages.chat.clip=0.5"])
     assert recipe.stages[0].clip == 0.5

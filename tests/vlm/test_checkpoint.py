@@ -17,6 +17,7 @@ from tests.vlm.chats import PAIRS, pad_left, picture, user
 from tests.vlm.conftest import LoadedModels
 from vlm import UserError, VisionLanguageModel, VisionLanguageProcessor, load, save
 from vlm.checkpoint import link_folder, merge_adapter, written_aside
+from vlm.errors import DiskFullError
 
 TinyModels = Callable[[str, str], Path]
 PROMPTS = [user(None, "what is this?"), user("no picture")]
@@ -266,7 +267,7 @@ def test_a_save_that_fails_in_the_middle_leaves_the_old_folder_whole(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(processor), "save_pretrained", full)  # the weights are written by then
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFullError, match=r"model: can't be written \(No space left"):
         save(model, processor, folder)
     assert tree(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]

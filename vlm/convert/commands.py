@@ -37,8 +37,8 @@ def _import(options: argparse.Namespace) -> int:
 def export(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
-        "  vlm export runs/mine/model --to llava-hf --out exported\n"
-        "  vlm export runs/mine/adapter --to vlm --out merged"
+        "  vlm export models/llava --to llava-hf --out exported\n"
+        "  vlm export runs/mine/model --to vlm --out mine"
     )
     parser.add_argument("model", metavar="MODEL", help="a model folder, an adapter's folder, or a hub id")
     parser.add_argument(
