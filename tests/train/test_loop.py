@@ -21,6 +21,8 @@ from train.state import save_state
 from vlm import load, self_test
 from vlm.cli import main
 
+SLOW = pytest.mark.slow  # the other of two ways, or the same at another place: the quick tier has one of each
+
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
@@ -59,7 +61,7 @@ def test_the_loss_is_the_mean_over_supervised_tokens(scenes: Path) -> None:
 
 
 @pytest.mark.parametrize(("fusion", "connector"), [("early", "mlp"), ("deep", "perceiver")])
-@pytest.mark.parametrize("killed_step", [4, 8, 11])
+@pytest.mark.parametrize("killed_step", [pytest.param(4, marks=SLOW), 8, pytest.param(11, marks=SLOW)])
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(
     scenes: Path, tmp_path: Path, fusion: str, connector: str, killed_step: int
 ) -> None:
@@ -139,8 +141,15 @@ def test_rows_that_are_cut_are_counted_and_listed(
         assert said.count(line) == 1
 
 
-@pytest.mark.parametrize("fusion", ["early", "deep"])
-@pytest.mark.parametrize("connector", ["mlp", "perceiver"])
+@pytest.mark.parametrize(
+    ("fusion", "connector"),
+    [
+        ("early", "mlp"),
+        ("deep", "perceiver"),
+        pytest.param("early", "perceiver", marks=SLOW),
+        pytest.param("deep", "mlp", marks=SLOW),
+    ],
+)
 def test_eight_examples_are_learned_by_heart(scenes: Path, tmp_path: Path, fusion: str, connector: str) -> None:
     rows = (scenes / "chat.jsonl").read_text().splitlines()[:16:2]
     (tmp_path / "eight.jsonl").write_text("\n".join(rows))
