@@ -17,6 +17,7 @@ LAST = 10
 NO_GRADIENT = 1e-7
 LEARNED = 1e-3  # a loss below needs no gradient any more
 MARGIN = 10.0  # nats above twice a guess: contrastive losses start above it, as their scale is 14
+SMALL_CHANCE = 3.0  # below are contrastive stages of up to 20 pairs; language models have more than 20 words
 
 Entry = dict[str, Any]
 
@@ -32,6 +33,7 @@ class Health:
     def __init__(self, stage: str, chance: float, earlier: Iterable[Entry] = ()) -> None:
         """chance: the loss of a guess among all that could be predicted; earlier: steps that were logged before."""
         self.stage, self.chance = stage, chance
+        self.highest = 0.0
         self.steps = self.in_a_row = 0
         self.skipped: list[int] = []
         self.first: list[Entry] = []
@@ -80,9 +82,9 @@ class Health:
         first, last = self.first[0]["loss"], sum(entry["loss"] for entry in ends) / len(ends)
         if last > LEARNED and self._stands_still(ends) and not self._stands_still(self.first):
             why = "its gradient is 0, so nothing is learned"
-        elif last > first and last > 2 * self.chance + MARGIN:
+        elif last > first and last > self._too_high(learned):
             why = f"it has risen far above that of a guess ({self.chance:.3g})"
-        elif min(entry["loss"] for entry in self.first) < 0.5 * self.chance and last > 0.99 * self.chance:
+        elif self._knew_something() and last > 0.99 * self.chance:
             why = f"that is no better than a guess ({self.chance:.3g})"
         else:
             return
@@ -90,6 +92,18 @@ class Health:
             f"{self.stage}: the model is dead: its loss went from {first:.4g} to {last:.4g}, and {why}. It is not kept "
             "as a model; begin anew with lower learning rates"
         )
+
+    def _too_high(self, learned: int) -> float:
+        """A loss that only a model that has blown up has at its end. Contrastive losses (of small chance) and those of
+        a few steps start well above a guess, or differ much from step to step."""
+        few = learned < LAST or self.chance < SMALL_CHANCE
+        return 2 * self.chance + MARGIN if few else self.chance + 1
+
+    def _knew_something(self) -> bool:
+        """Whether it began far better than a guess, or rose so high on the way that it can't be what it was."""
+        if self.chance < SMALL_CHANCE:
+            return self.highest > 2 * self.chance + MARGIN
+        return min(entry["loss"] for entry in self.first) < 0.5 * self.chance or self.highest > 2 * self.chance + MARGIN
 
     def _stands_still(self, entries: Iterable[Entry]) -> bool:
         return max(entry["gradient_norm"] for entry in entries) < NO_GRADIENT
@@ -101,6 +115,7 @@ class Health:
             self.skipped.append(entry["step"])
             return
         self.in_a_row = 0
+        self.highest = max(self.highest, entry["loss"])
         if len(self.first) < LAST:
             self.first.append(entry)
         self.last.append(entry)

@@ -13,6 +13,7 @@ from typing import Any
 from data.bad import Bad
 from train.changes import Change, changes
 from train.recipe import Recipe, Stage
+from train.state import latest, read_position
 from vlm.errors import UserError, room_for
 from vlm.settings import dump, parse, read_yaml
 from vlm.templates import SUPPLIED, find_template
@@ -38,7 +39,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.model / "config.json").is_file()
+        """Whether its last stage has left a model, and that is the run's."""
+        held = self.held()
+        return held is not None and self._is_over(held.stages[-1].name) and (self.model / "config.json").is_file()
 
     def held(self) -> Recipe | None:
         """The recipe whose run the folder holds."""
@@ -74,34 +77,43 @@ class Run:
     def _change(self, held: Recipe, recipe: Recipe, changed: list[Change]) -> None:
         """Goes on with changed settings, and says so in changes.jsonl. A finished run whose last stage becomes longer
         is opened again: that stage's model so far moves to stages/NAME-until-STEP."""
-        for before, after in zip(held.stages, recipe.stages, strict=True):
+        for index, (before, after) in enumerate(zip(held.stages, recipe.stages, strict=True)):
             if before != after:
-                self._check_progress(before, after, is_last=after is recipe.stages[-1])
+                self._check_progress(after, index, is_last=after is recipe.stages[-1])
         last, steps = recipe.stages[-1].name, len(self.metrics())
         if held.stages[-1] != recipe.stages[-1] and self._is_over(last):
-            self.stage(last).rename(self.stage(f"{last}-until-{steps}"))
-            if self.finished:
-                shutil.rmtree(self.model)
+            kept = self.stage(f"{last}-until-{steps}")
+            shutil.rmtree(kept, ignore_errors=True)  # of the same steps, from an extension that was given up
+            self.stage(last).rename(kept)  # from here on the run isn't finished, whatever happens
+        if not self._is_over(last):
+            for folder in (self.model, self.adapter):
+                shutil.rmtree(folder, ignore_errors=True)
+        self._store(recipe)
         line = {"step": steps, "changed": {c.path: [c.held, c.new] for c in changed}}
         _append(self.changes_file, json.dumps(line) + "\n")
-        self._store(recipe)
 
-    def _check_progress(self, held: Stage, new: Stage, is_last: bool) -> None:
+    def _check_progress(self, new: Stage, index: int, is_last: bool) -> None:
         """UserError for changes of a stage that is over, and for an end that lies before where the stage is."""
         where, over = f"stages.{new.name}", self._is_over(new.name)
         if over and not is_last:
             raise UserError(f"{where}: is over, and the stage after it began from its model; use another --out")
-        if held.epochs and new.epochs and new.epochs < held.epochs:
-            raise UserError(
-                f"{where}.epochs: {new.epochs:g} are fewer than the {held.epochs:g} that the run is to have"
-            )
-        done = self.steps_of(new.name)
-        if new.steps is not None and new.steps < done:
-            raise UserError(f"{where}.steps: {new.steps} are fewer than the {done} that are done")
-        if over and (held.epochs, held.steps) == (new.epochs, new.steps):
+        checkpoint = latest(self.checkpoints)
+        at = read_position(checkpoint) if checkpoint is not None else None
+        if at is None or at.stage != index:
+            if over:
+                raise UserError(f"{self.folder}: is finished, and no checkpoint is left in it to go on from")
+            return
+        if new.steps is not None:
+            end, done, what = new.steps, at.done, "steps"
+        else:
+            assert new.epochs is not None
+            lengths = [data.count(rows) for data, rows in zip(new.data, at.rows, strict=True)]  # a stream names `rows`
+            end, done = round(new.epochs * sum(lengths)), sum(loader["seen"] for loader in at.loaders)
+            what = f"epochs are {end} rows, which"
+        if end < done:
+            raise UserError(f"{where}: {new.steps or f'{new.epochs:g}'} {what} are fewer than the {done} that are done")
+        if over and end == done:
             raise UserError(f"{where}: is over, so it changes nothing; give it more steps or epochs, too")
-        if over and not any(self.checkpoints.glob("step-*")):
-            raise UserError(f"{self.folder}: is finished, and no checkpoint is left in it to go on from")
 
     def _is_over(self, stage: str) -> bool:
         return (self.stage(stage) / "config.json").is_file()

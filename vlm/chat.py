@@ -89,6 +89,7 @@ class ChatEncoder:
         owners: list[int | None] = []
         num_images = 0
         speaking: int | None = None  # the message of which the text was said, and the end of its turn not yet
+        said = 0  # tokens up to the last of its words: what a template writes between them and the end is said, too
         for (run, control), (tokens, stops) in zip(pieces, read, strict=True):
             if control is not None:
                 if control == self.image_token_id:
@@ -99,9 +100,12 @@ class ChatEncoder:
                 else:
                     ids.append(control)
                     owners.append(run[0].message if run[0].frame else speaking)
+                    if speaking is not None and not run[0].frame:
+                        owners[said:-1] = [speaking] * (len(owners) - 1 - said)
                 speaking = None
                 continue
             ids += tokens
+            first = len(owners)
             if len(run) == 1:
                 owners += [run[0].message] * len(tokens)
             else:
@@ -109,6 +113,11 @@ class ChatEncoder:
                 owners += [run[bisect_left(ends, stop)].message for stop in stops]
             for segment in run:
                 speaking = speaking if segment.message is None else segment.message
+            if speaking is not None:
+                said = len(owners)
+                while said > first and owners[said - 1] is None:
+                    said -= 1
+                said = said if said > first else len(owners)
         if num_images != len(placeholders):
             raise UserError(f"the chat template shows {num_images} images, and there are {len(placeholders)}")
         learned = {

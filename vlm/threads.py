@@ -56,11 +56,13 @@ def describe_threads() -> str:
 def _quotas(root: Path) -> Iterator[float]:
     """Cores' worth of time that a control group or one above it may take; both versions of them."""
     try:
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:  # not Linux
         return
     mounts = root / "sys/fs/cgroup"
     for group in groups:
+        if group.count(":") < 2:
+            continue
         _, controllers, path = group.split(":", 2)
         if not controllers:
             trees = (mounts, mounts / "unified")

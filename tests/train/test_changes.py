@@ -1,6 +1,7 @@
 """Runs that go on with changed settings: longer, faster or slower; and what can't change is refused by its name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,11 @@ def test_what_may_not_change_is_refused_by_name(scenes: Path, tmp_path: Path, ov
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["stages.chat.steps=2"], "steps: 2 are fewer than the 4 that are done"),
+        (["stages.chat.steps=2"], "stages.chat: 2 steps are fewer than the 4 that are done"),
+        (
+            ["stages.chat.steps=null", "stages.chat.epochs=0.1"],
+            "stages.chat: 0.1 epochs are 4 rows, which are fewer than the 16 that are done",
+        ),
         (["stages.chat.learning_rates.connector=1e-3"], "is over, so it changes nothing; give it more steps or epochs"),
         (["stages.align.steps=9"], "stages.align: is over, and the stage after it began from its model"),
     ],
@@ -125,6 +130,42 @@ def test_a_change_that_comes_too_late_is_refused(scenes: Path, tmp_path: Path, o
     with pytest.raises(UserError, match=told):
         go(recipe, tmp_path / "run", *overrides, resume=True)
     assert run.finished
+
+
+@pytest.mark.parametrize("killed", ["rmtree", "rename"])
+def test_a_killed_extension_is_gone_on_with(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    recipe = start(scenes, tmp_path, steps=2)
+    run = go(recipe, tmp_path / "run")
+    real = shutil.rmtree
+
+    def die(path: Path, *rest: Any, **more: Any) -> None:
+        if Path(path) == run.model:
+            raise KeyboardInterrupt
+        real(path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        if killed == "rmtree":
+            patch.setattr("train.runs.shutil.rmtree", die)
+        else:
+            patch.setattr("train.runs.replace_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            go(recipe, tmp_path / "run", "stages.chat.steps=4", resume=True)
+    assert not run.finished
+    go(recipe, tmp_path / "run", "stages.chat.steps=4", resume=True)
+    assert (len(run.metrics()), run.finished) == (4, True)
+
+
+def test_an_extension_that_was_given_up_is_no_hindrance(scenes: Path, tmp_path: Path) -> None:
+    recipe = start(scenes, tmp_path, steps=2)
+    run = go(recipe, tmp_path / "run")
+    with killed_at(1):
+        go(recipe, tmp_path / "run", "stages.chat.steps=4", resume=True)
+    go(recipe, tmp_path / "run", resume=True)
+    assert (len(run.metrics()), run.finished) == (2, True)
+    go(recipe, tmp_path / "run", "stages.chat.steps=4", resume=True)
+    assert (len(run.metrics()), run.finished) == (4, True)
 
 
 def test_without_resume_nothing_changes(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,8 @@ GUESS = math.log(400)
         ([6.0, 16e6, GUESS, GUESS, GUESS, GUESS], 0.0, "its gradient is 0"),
         ([6.0, 3.0, *[16e6] * 20], 2.0, "far above that of a guess"),
         ([2.0, 1.5, *[GUESS + 0.01] * 30], 0.1, "no better than a guess"),
+        ([6.0] * 5 + [8.0] * 20, 1.0, "far above that of a guess"),
+        ([6.0, 1e6, 1e3, *[GUESS + 0.01] * 20], 1e-2, "no better than a guess"),
     ],
 )
 def test_a_dead_model_is_told_of(losses: list[float], norm: float, why: str) -> None:
@@ -176,6 +178,28 @@ def test_rates_that_blow_a_model_up_end_with_exit_code_1_and_no_model(
     assert not (tmp_path / "run" / "model").exists()
     assert not (tmp_path / "run" / "stages").exists()
     strict_lines(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_a_dead_model_ends_the_run_and_is_not_kept(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Chat.loss
+
+    def risen(self: Chat, model: Any, batch: Any) -> Any:
+        found, shown = real(self, model, batch)
+        return found + 1e6 * batch.supervised, shown  # finite, with a gradient as ever
+
+    run(scenes, tmp_path / "alive", steps=3)
+    recipe = write_recipe(tmp_path / "r.yaml", chat_recipe(scenes, steps=6))
+    arguments = ["train", str(recipe), "checkpoint_every=1", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(Chat, "loss", lambda *call: real(*call) if len(calls) < 2 else risen(*call))
+    calls: list[int] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *call: (calls.append(1), step(*call))[1])
+    assert main(arguments) == 1
+    assert "the model is dead" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "stages").exists()
 
 
 def test_nothing_that_is_not_finite_is_written(tmp_path: Path, tiny_models: Callable[[str, str], Path]) -> None:

@@ -159,8 +159,9 @@ def test_exactly_the_assistants_words_and_ends_of_turn_are_supervised(
     learned = "".join(piece for piece, on in zip(pieces, tokens.supervised, strict=True) if on)
     rest = "".join(piece for piece, on in zip(pieces, tokens.supervised, strict=True) if not on)
     # what stands behind the generation prompt is for the assistant to say: Vicuna's space
-    lead = " " if template == "vicuna" else ""
-    said = [lead + m["content"][0]["text"] + END for m in chat if m["role"] == "assistant"]
+    # and so is what stands before the end of the turn
+    lead, tail = (" " if template == name else "" for name in ("vicuna", "trimming"))
+    said = [lead + m["content"][0]["text"] + tail + END for m in chat if m["role"] == "assistant"]
     assert learned == "".join(said)
     assert set(rest).isdisjoint("QXZJ")
 

@@ -132,7 +132,8 @@ def compare(encoder: ChatEncoder, chat: Chat, written: Chat, template: str, answ
 def check_what_must_be_generated(encoder: ChatEncoder, chat: Chat) -> None:
     """The prompt for an answer and what is learned of the answer are the whole, up to what the template puts behind its
     end: else a model would have to say something that it was never taught."""
-    counts = [PER_IMAGE] * sum(part["type"] == "image" for message in chat for part in message["content"])
+    parts = [part for message in chat if not isinstance(message["content"], str) for part in message["content"]]
+    counts = [PER_IMAGE] * sum(part["type"] == "image" for part in parts)
     prompt = encoder.encode(chat[:-1], counts, add_generation_prompt=True).input_ids
     whole = encoder.encode(chat, counts)
     learned = [
@@ -234,6 +235,22 @@ def test_a_system_text_that_the_template_has_no_place_for_is_reported(name: str,
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what?"}]
     with pytest.raises(UserError, match=complaint):
         encoder.encode([*chat, {"role": "assistant", "content": "a cat"}])
+
+
+@pytest.mark.parametrize("end", [" ", "\n", " \n "])
+def test_what_a_template_writes_before_the_end_of_a_turn_is_learned(end: str) -> None:
+    """Llama 2's puts a space there: the end is never said but behind it."""
+    tokenizer = tokenizer_of("vicuna")
+    template = (
+        "{%- for m in messages -%}{{- (bos_token + '[INST] ' + m.content + ' [/INST]' if m.role == 'user' "
+        f"else ' ' + m.content + {end!r} + eos_token) -}}}}{{%- endfor -%}}"
+    )
+    encoder = ChatEncoder(tokenizer, template, "<image>")
+    chat = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "7"}]
+    for messages in (chat, [*chat, *chat]):
+        tokens = encoder.encode(messages)
+        assert tokens.input_ids == tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False)
+        check_what_must_be_generated(encoder, messages)
 
 
 def test_spaces_that_control_tokens_eat_are_eaten_whoever_wrote_them() -> None:

@@ -48,6 +48,7 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("3:cpuset:/x\n", {"sys/fs/cgroup/cpu.max": "100000 100000\n"}, 8),
         ("0::/\n", {"sys/fs/cgroup/cpu.max": "nonsense\n"}, 8),
+        ("\nodd\n0::/\n", {"sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
     ],
 )
 def test_quotas_of_control_groups_bound_the_cores(
