@@ -9,10 +9,10 @@ from data.marks import Turn, stands_alone
 from data.question_rows import most_frequent, read_question
 from data.records import IMAGE_PART, Record, make_record, text_part
 from data.row import Row
-from data.row_keys import Layout, layout
+from data.row_keys import Layout, is_picture_key, layout, meaning_of
 from data.rows_to_records import make_chat
 from data.turns import check_unread_of_part, read_turns
-from data.unread import check_media, check_pictureless, check_refused, suspects
+from data.unread import check_media, check_pictureless, check_refused, suspects, without_nothing
 from vlm.errors import UserError
 
 CAPTION_PROMPT = "describe the picture."
@@ -24,16 +24,32 @@ def row_format(row: Any, wanted: str | None = None) -> str | None:
     """The name of a row's format; wanted: the one that it is to be, where it may be several."""
     if not isinstance(row, dict):
         return None
-    keys = tuple(key for key, value in row.items() if value is not None)
-    return _name(row, layout(keys, "documents" if wanted == "turns" else wanted))
+    return _understood(row, wanted)[1].format
 
 
-def _name(row: dict[str, Any], told: Layout) -> str | None:
-    if told.format == "documents" and told.keys.get("texts"):
-        texts = row.get(told.keys["texts"][0])
+def _understood(row: dict[str, Any], wanted: str | None) -> tuple[dict[str, Any], Layout, dict[str, Any]]:
+    """The row without keys that hold nothing, what it is, and what these keys hold. Where nothing is left that tells
+    a format, the keys that hold nothing do."""
+    rest, empty = without_nothing(row)
+    told = _layout(rest, wanted)
+    if told.format is None and empty:
+        nulls = {key: value for key, value in empty.items() if value is None}
+        for without in ({**nulls, **{key: empty[key] for key in empty if is_picture_key(key)}}, nulls):
+            some = {key: value for key, value in row.items() if key not in without}
+            told = _layout(some, wanted)
+            if told.format is not None:
+                return some, told, without
+    return rest, told, empty
+
+
+def _layout(row: dict[str, Any], wanted: str | None) -> Layout:
+    keys = tuple(row)
+    told = layout(keys, "documents" if wanted == "turns" else wanted)
+    if told.format in ("documents", None):
+        texts = next((row[key] for key in keys if meaning_of(key) == "texts"), None)
         if isinstance(texts, list) and any(isinstance(text, dict) for text in texts):
-            return "turns"
-    return told.format
+            return layout(keys, "turns")
+    return told
 
 
 def read_row(
@@ -54,19 +70,12 @@ def _read(row: Any, where: str, root: Path, format: str | None, columns: KeyMap,
     dropped: tuple[str, ...] = ()
     if columns:
         row, dropped = renamed(row, columns)
-    nulls: tuple[str, ...] = ()
-    if None in row.values():
-        nulls = tuple(key for key, value in row.items() if value is None)
-        row = {key: value for key, value in row.items() if value is not None}
-    keys = tuple(row)
-    told = layout(keys, "documents" if format == "turns" else format)
-    name = _name(row, told)
+    row, told, nulls = _understood(row, format)
+    name = told.format
     if name is None:
         raise UserError(f"{where}: {told.problem}")
     if format is not None and name != format:
         raise UserError(f"{where}: a row of {name}, where {format} is read")
-    if name == "turns":
-        told = layout(keys, "turns")
     one = Row(row, where, root, told, lenient)
     one.nulls = nulls
     if dropped:

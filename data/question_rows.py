@@ -63,7 +63,7 @@ def _answer(row: Row, asked: str) -> tuple[str, tuple[str, ...]]:
         if given is not None and isinstance(row.data[given], str):
             return row.data[given], ()  # empty, as the check of turns will say
         null = next((key for key in row.nulls if meaning_of(key) in ("answer", "label")), None)
-        found = f"{null} is null" if null is not None else f"keys: {_keys(row)}"
+        found = f"{null} is {kind_of(row.nulls[null])}" if null is not None else f"keys: {_keys(row)}"
         found = f"{given} is {kind_of(row.data[given])}" if given is not None else found
         raise UserError(f"{where}: a question without an answer ({found}); {OTHERS}")
     value = row.data[key]

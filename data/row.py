@@ -3,14 +3,12 @@
 from typing import Any
 
 from data.row_keys import Layout
-from data.unread import is_empty
+from data.unread import base_names, is_address, is_empty, is_no_picture
 from vlm.errors import UserError
-
-_ASIDE = ("http://", "https://")
 
 
 class Row:
-    """data: without the keys that hold null, which are `nulls`; ignored: gets the keys that are left out; lenient:
+    """data: without the keys that hold nothing, which are `nulls`; ignored: gets the keys that are left out; lenient:
     pictures may be missing."""
 
     __slots__ = ("_pictures", "data", "ignored", "layout", "lenient", "nulls", "root", "where")
@@ -18,14 +16,14 @@ class Row:
     def __init__(self, data: dict[str, Any], where: str, root: Any, layout: Layout, lenient: bool) -> None:
         self.data, self.where, self.root, self.layout, self.lenient = data, where, root, layout, lenient
         self.ignored = set(layout.unread)
-        self.nulls: tuple[str, ...] = ()
+        self.nulls: dict[str, Any] = {}
         self._pictures: list[Any] | None = None
 
     def key(self, *meanings: str) -> str | None:
         """The first key of the row that is read as one of these and holds something."""
         for meaning in meanings:
             for key in self.layout.keys.get(meaning, ()):
-                if self.data[key] is False or not is_empty(self.data[key]):
+                if not is_empty(self.data[key]):
                     return key
         return None
 
@@ -51,16 +49,16 @@ class Row:
     def _read_pictures(self) -> list[Any]:
         if len(self.layout.images) == 1 and len(self.layout.images[0]) == 1:
             value = self.data[self.layout.images[0][0]]
-            return value if isinstance(value, list) else [] if value is None else [value]
+            return [] if is_no_picture(value) else listed(value)
         found: list[Any] = []
         by = ""
         for group in self.layout.images:
-            some = [image for key in group if self.data[key] is not None for image in _listed(self.data[key])]
+            some = [one for key in group if not is_no_picture(self.data[key]) for one in listed(self.data[key])]
             if not some:
                 continue
             if not by:
                 found, by = some, group[0]
-            elif _names(some) > _names(found):
+            elif base_names(some) > base_names(found) and not any(map(is_address, some)):
                 self.ignored.add(by)
                 found, by = some, group[0]
             elif _are_others(some, found):
@@ -73,7 +71,7 @@ class Row:
         return found
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
@@ -81,11 +79,7 @@ def _are_others(some: list[Any], found: list[Any]) -> bool:
     """Whether these are other pictures than those that are read; names beside bytes tell where they came from."""
     if not all(isinstance(image, str) for image in found) or not all(isinstance(image, str) for image in some):
         return any(not isinstance(image, str) for image in some)
-    return not all(image.startswith(_ASIDE) for image in some) and not _names(some) <= _names(found)
-
-
-def _names(images: list[Any]) -> set[str]:
-    return {str(image).replace("\\", "/").rpartition("/")[2] for image in images}
+    return not all(map(is_address, some)) and not base_names(some) <= base_names(found)
 
 
 def as_text(value: Any, key: str, where: str) -> str:

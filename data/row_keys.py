@@ -122,7 +122,7 @@ def layout(keys: tuple[str, ...], wanted: str | None = None) -> Layout:
     for meaning, some in by_meaning.items():
         some.sort(key=lambda key: SPELLINGS[meaning].index(plain_key(key)))
     images = _picture_groups(keys)
-    found = _kinds(by_meaning, bool(images), {plain_key(key) for key in keys})
+    found = _kinds(by_meaning, bool(images) or wanted == "turns", {plain_key(key) for key in keys})
     chosen = wanted if wanted in found else next(iter(found), None)
     if chosen is None:
         return Layout(None, problem=_problem(keys))

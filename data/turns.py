@@ -6,9 +6,9 @@ from typing import Any
 
 from data.marks import Part, Placed, Shown, Turn, asked, resolve, split_text, stands_alone, texts_of
 from data.records import IMAGE_PART, ROLES, Message, text_part
-from data.row import kind_of
+from data.row import kind_of, listed
 from data.row_keys import REFUSED, is_picture_key, plain_key
-from data.unread import check_media, is_empty, media_names
+from data.unread import base_names, check_media, is_address, is_empty, is_no_picture, media_names
 from vlm.errors import UserError
 
 _ROLES = {**{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant"}
@@ -71,7 +71,7 @@ def read_turn(turn: Any, kind: str, where: str, ignored: set[str]) -> Turn:
     for key in keys.refused:
         if not is_empty(turn[key]):
             raise UserError(f"{where}: the key {key}: {REFUSED[plain_key(key)]}")
-    images = [image for key in keys.images if turn[key] is not None for image in _listed(turn[key])]
+    images = [image for key in keys.images if not is_no_picture(turn[key]) for image in listed(turn[key])]
     if keys.unread:
         check_unread_of_part(turn, keys.unread, where, images, ignored, "a turn")
     if not isinstance(content, (str, list)):
@@ -100,10 +100,6 @@ def _weight(turn: dict[str, Any], key: str | None, role: str, where: str) -> int
     if given == 1 and role != "assistant":
         raise UserError(f"{where}: {key} 1 of a {role} turn: only what assistants say is learned; remove it")
     return int(given)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def build(
@@ -148,7 +144,7 @@ def build(
             raise UserError(f"{where}: an <image> in the text, but no picture is named in the row: {asked(turns)!r}")
         return messages, []
     named = [one.image for one in every if one.image is not None] if every else []
-    if named and len(named) == len(every) and _names(named) >= _names(given):
+    if named and len(named) == len(every) and _are_beside(given, named):
         return messages, named  # which are named beside once more
     if place and len(named) == len(every):
         for message in messages:
@@ -242,11 +238,12 @@ def _shows_by_name(turns: list[Turn], given: list[Any]) -> bool:
         for key in _NAMES_OF_IMAGES
         if isinstance(part.get(key), str)
     ]
-    return bool(named) and _names(named) >= _names(given)
+    return bool(named) and _are_beside(given, named)
 
 
-def _names(images: list[Any]) -> set[str]:
-    return {str(image) for image in images}
+def _are_beside(given: list[Any], named: list[Any]) -> bool:
+    """Whether the row's pictures are those that its texts name, or addresses beside them."""
+    return base_names(image for image in given if not is_address(image)) <= base_names(named)
 
 
 def _with_system(messages: list[Message], system: str, where: str) -> list[Message]:

@@ -1,12 +1,12 @@
 """Keys of a row that nothing is read from: what may be left out, and what would be lost."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from data.pictures import ImageBytes, ImageSlice
-from data.row_keys import WEIGHTS, Layout, plain_key
+from data.row_keys import WEIGHTS, Layout, meaning_of, plain_key
 from vlm.errors import UserError
 
 # how JPEG, PNG, GIF and WebP begin in base64
@@ -25,7 +25,38 @@ def is_empty(value: Any) -> bool:
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, (list, dict)):
         return all(map(is_empty, value.values() if isinstance(value, dict) else value))
-    return value is None or value is False or value != value
+    if isinstance(value, (bytes, ImageBytes)):
+        return not (value if isinstance(value, bytes) else value.data)
+    return value is None or value != value
+
+
+def is_no_picture(value: Any) -> bool:
+    """Nothing where a picture is named; False is nothing there, and in lists, too."""
+    if isinstance(value, list):
+        return all(map(is_no_picture, value))
+    return value is False or is_empty(value)
+
+
+def without_nothing(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row without the keys that hold nothing, and what these hold. An answer's blank text stays: it's an error."""
+    empty: dict[str, Any] = {}
+    for key, value in row.items():
+        if value is None:
+            empty[key] = value
+        elif type(value) not in (int, bool) or value is False:
+            meaning = meaning_of(key)
+            if meaning == "image":
+                if is_no_picture(value):
+                    empty[key] = value
+            elif meaning is not None and is_empty(value) and not _is_blank_answer(meaning, value):
+                empty[key] = value
+    return {key: value for key, value in row.items() if key not in empty} if empty else row, empty
+
+
+def _is_blank_answer(meaning: str, value: Any) -> bool:
+    return (meaning == "answer" and isinstance(value, str)) or (
+        meaning == "captions" and isinstance(value, list) and "" in value
+    )
 
 
 def media_names(value: Any, depth: int = 3) -> Iterator[Any]:
@@ -45,7 +76,8 @@ def check_refused(data: dict[str, Any], told: Layout, where: str) -> None:
     """UserError for a key that carries meaning, or media of a kind that nothing is read of."""
     for key, why in told.refused:
         value = data[key]
-        if not is_empty(value) and not (plain_key(key) in WEIGHTS and value in (1, "1")):
+        weighs = plain_key(key) in WEIGHTS
+        if not (is_empty(value) or (value in (1, "1") if weighs else value is False)):
             raise UserError(f"{where}: the key {key}: {why}; columns: {{ignore: {key}}} leaves it out")
     for key in told.unknown:
         if (meant := _means_more(plain_key(key), data[key], told.format)) is not None:
@@ -84,10 +116,9 @@ def _means_more(name: str, value: Any, kind: str | None) -> str | None:
 
 def check_media(key: str, names: list[Any], where: str, shown: Sequence[Any]) -> None:
     """UserError for media that is none of the pictures that the row shows, nor the address of one."""
-    known = {_base(image) for image in shown}
+    known = base_names(shown)
     for name in names:
-        elsewhere = isinstance(name, str) and name.startswith(("http://", "https://")) and shown
-        if not elsewhere and _base(name) not in known:
+        if not (is_address(name) and shown) and not base_names([name]) <= known:
             held = f"names {name[:80]!r}" if isinstance(name, str) else "holds a picture or bytes"
             raise UserError(
                 f"{where}: the key {key} {held}, which isn't read; columns: {{image: {key}}} reads it as a picture, "
@@ -95,5 +126,10 @@ def check_media(key: str, names: list[Any], where: str, shown: Sequence[Any]) ->
             )
 
 
-def _base(image: Any) -> str:
-    return str(image).replace("\\", "/").rpartition("/")[2]
+def is_address(image: Any) -> bool:
+    return isinstance(image, str) and image.startswith(("http://", "https://"))
+
+
+def base_names(images: Iterable[Any]) -> set[str]:
+    """Names without folders, by which a picture that is named twice is known again."""
+    return {str(image).replace("\\", "/").rpartition("/")[2] for image in images}

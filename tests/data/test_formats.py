@@ -233,8 +233,9 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("image", BAD_IMAGES)
 def test_an_image_that_is_not_a_file_in_the_folder_is_named_with_its_line(root: Path, image: str) -> None:
     value, complaint = BAD_IMAGES[image]
-    with pytest.raises(UserError, match=f"^rows:3: .*({complaint})"):
-        read_row(question(image=value), "rows:3", root)
+    if value != "":  # a column that holds nothing names no picture, a part for a picture has to
+        with pytest.raises(UserError, match=f"^rows:3: .*({complaint})"):
+            read_row(question(image=value), "rows:3", root)
     with pytest.raises(UserError, match=f"^rows:3: .*({complaint})"):
         read_row(asked(image_and("what?", value)), "rows:3", root)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.benchmarks.choice import Problem, ScienceQA, make_item
 from data.formats import CAPTION_PROMPT, read_row
-from tests.data.row_kinds import chat, qa, talk
+from tests.data.row_kinds import chat, qa, said, talk
 
 
 @pytest.fixture(scope="module")
@@ -19,23 +19,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("1.jpg", "2.jpg", "3.jpg", "sub/4.jpg"):
         Image.new("RGB", (4, 4)).save(folder / name)
     return folder
-
-
-def said(row: dict[str, Any], root: Path) -> tuple[list[str], list[str]]:
-    """Messages as `role: text`, an image as its number in brackets; and the images' names."""
-    record = read_row(row, "rows:3", root)
-    number, told = 0, []
-    for message in record.messages:
-        parts = []
-        for part in message["content"]:
-            if part["type"] == "image":
-                parts.append(f"[{number}]")
-                number += 1
-            else:
-                parts.append(part["text"])
-        told.append(f"{message['role']}: {''.join(parts)}")
-    assert number == len(record.images)
-    return told, [image.name for image in record.images if isinstance(image, Path)]
 
 
 PLAIN = ["user: [0]q", "assistant: a"]
@@ -207,6 +190,16 @@ GOOD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "parts by name and the same images beside": (
         chat([{"type": "image", "image": "1.jpg"}, {"type": "text", "text": "q"}], images=["1.jpg"]),
+        PLAIN,
+        ["1.jpg"],
+    ),
+    "parts by name and an address beside": (
+        chat([{"type": "image", "image": "1.jpg"}, {"type": "text", "text": "q"}], image_url="http://a/b.jpg"),
+        PLAIN,
+        ["1.jpg"],
+    ),
+    "parts by name and the name in another folder beside": (
+        chat([{"type": "image", "image": "1.jpg"}, {"type": "text", "text": "q"}], file_name="train/1.jpg"),
         PLAIN,
         ["1.jpg"],
     ),

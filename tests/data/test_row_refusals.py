@@ -227,7 +227,8 @@ def test_keys_that_nothing_is_read_from_are_noted(root: Path) -> None:
     assert set(read_row(row, "rows:3", root).ignored) == {"answers", "solution", "objects", "prompt", "label"}
     row = chat([{"type": "image", "image": "1.jpg", "max_pixels": 9}, {"type": "text", "text": "q"}])
     row["messages"][1]["name"] = "bob"
-    assert set(read_row(row, "rows:3", root).ignored) == {"max_pixels of a part", "name of a turn"}
+    row |= {"image_url": "http://a/b.jpg"}
+    assert set(read_row(row, "rows:3", root).ignored) == {"max_pixels of a part", "name of a turn", "image_url"}
 
 
 @pytest.mark.parametrize("prefix", ["data:image/png;base64,", ""])
