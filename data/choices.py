@@ -52,9 +52,17 @@ def ask(question: str, choices: Sequence[str]) -> str:
     return LETTER_ANSWER.replace("{question}", "\n".join([question, *options]))
 
 
-def letter_of(answer: Any, choices: Sequence[str], where: str) -> str:
+def labels_of(value: Any) -> list[str]:
+    """What {"text": [...], "label": [...]} calls its choices, in their order."""
+    labels = value.get("label") if isinstance(value, dict) and isinstance(value.get("text"), list) else None
+    return [str(label).strip() for label in labels] if isinstance(labels, list) else []
+
+
+def letter_of(answer: Any, choices: Sequence[str], where: str, labels: Sequence[str] = ()) -> str:
     """The letter of a right answer: its letter, its number (from 0 on) or its words. UserError where it may be two."""
     text = as_text(answer, "answer", where).strip()
+    if len(labels) == len(choices) and labels.count(text) == 1:
+        return ascii_uppercase[labels.index(text)]
     if (found := _LETTERED.match(text)) and text[found.end() :] in choices:
         text = found[1] if choices.index(text[found.end() :]) == ascii_uppercase.index(found[1]) else text
     by_words = {place for place, choice in enumerate(choices) if choice == text}

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from data.choices import ask, letter_of, read_choices
+from data.choices import ask, labels_of, letter_of, read_choices
 from data.marks import Turn
 from data.records import Record
 from data.row import Row, as_text, kind_of
@@ -43,7 +43,11 @@ def read_question(row: Row) -> Record:
             question = f"Context: {context}\n{question}"
     answer, answers = _answer(row, key)
     if ("choices" in has or row.layout.letters) and (choices := _choices(row)) is not None:
-        question, answer, answers = ask(question, choices), letter_of(answer, choices, where), ()
+        question, answer, answers = (
+            ask(question, choices),
+            letter_of(answer, choices, where, labels_of(row.value("choices"))),
+            (),
+        )
     turns = [Turn("user", question), Turn("assistant", answer)]
     turns = [*_history(row), *turns] if "history" in has else turns
     return make_chat(row, turns, answers=answers)

@@ -288,6 +288,8 @@ def test_what_weighs_nothing_is_marked(root: Path) -> None:
         {"options": ["A. x", "B. y", "C. z"], "answer": "B. y"},
         {"options": {"A": "x", "B": "y", "C": "z"}, "answer": "B"},
         {"choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answer": "B"},
+        {"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answer": "2"},
+        {"choices": {"text": ["x", "y", "z"], "label": ["B", "A", "C"]}, "answer": "A"},
         {"A": "x", "B": "y", "C": "z", "D": None, "answer": "B"},
     ],
 )
