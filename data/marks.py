@@ -9,12 +9,14 @@ from data.records import IMAGE_PART, text_part
 from vlm.errors import UserError
 
 Part = dict[str, Any]
-MARK = re.compile(
-    r"<image>|<\|image\|>|<\|image_(?P<phi>\d+)\|>|<image[ _-]?(?P<number>\d+)>|<ImageHere>|<image_placeholder>"
-    r"|(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?"
+_MARKS = (
+    r"<image\s*/?>|<\|image\|>|<\|image_(?P<phi>\d+)\|>|<image[ _:-]?(?P<number>\d+)>|<ImageHere>|<image_placeholder>"
+    r"|(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?|<start_of_image>|<image_soft_token>|<IMG_CONTEXT>"
+    r"|\[IMG\]"
 )
+MARK = re.compile(_MARKS, re.IGNORECASE)
 NAMED = re.compile(r"<img>(?P<name>[^<>\n]+)</img>")
-_ALONE = re.compile(r"^[ \t]*(?:<image>[ \t]*)+$", re.MULTILINE)
+_ALONE = re.compile(rf"^[ \t]*(?:(?:{_MARKS})[ \t]*)+$", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -50,7 +52,7 @@ def split_text(text: str, marks: bool) -> Placed:
 
     A line end between a mark and what stands beside it belongs to the mark, as LLaVA writes it.
     """
-    if "<" not in text:
+    if not may_have_marks(text):
         return Placed([text_part(text)], [])
     if marks and text.startswith("<image>\n") and text.rfind("<") == 0 and len(text) > 8:  # as most are
         return Placed([IMAGE_PART, text_part(text[8:])], [_NEXT])
@@ -79,9 +81,14 @@ def split_text(text: str, marks: bool) -> Placed:
     return Placed(parts, [shown for _, shown in found])
 
 
+def may_have_marks(text: str) -> bool:
+    """A quick look."""
+    return "<" in text or "[" in text
+
+
 def stands_alone(text: str) -> bool:
     """Whether a mark has a line of the text for itself: it stands for a picture, and is no word."""
-    return "<image>" in text and _ALONE.search(text) is not None
+    return may_have_marks(text) and _ALONE.search(text) is not None
 
 
 def resolve(where: str, shown: Sequence[Shown], given: list[Any], turns: Sequence[Turn]) -> list[Any]:

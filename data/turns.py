@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from data.marks import Part, Placed, Shown, Turn, asked, resolve, split_text, stands_alone, texts_of
+from data.marks import Part, Placed, Shown, Turn, asked, may_have_marks, resolve, split_text, stands_alone, texts_of
 from data.records import IMAGE_PART, ROLES, Message, text_part
 from data.row import kind_of, listed
 from data.row_keys import REFUSED, is_picture_key, plain_key
@@ -14,7 +14,9 @@ from vlm.errors import UserError
 _ROLES = {**{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant"}
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_ROLE_KEYS, _TEXT_KEYS, _WEIGHT_KEYS = ("role", "from"), ("content", "value"), ("weight", "train", "loss")
+_ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
+_UNLEARNED_KEY = "mask"  # true where a turn isn't learned; the others say 0 or false then
+_WEIGHT_KEYS = ("weight", "train", "loss", "loss_weight", "loss_scale", "trainable", "train_on_turn", _UNLEARNED_KEY)
 _NAMES_OF_IMAGES = ("image", "image_url", "url", "path", "file_name", "base64")
 _FIRST_KIND = {"messages": "message", "llava": "turn"}
 
@@ -96,7 +98,10 @@ def _weight(turn: dict[str, Any], key: str | None, role: str, where: str) -> int
     if given is None:
         return 1
     if not isinstance(given, (int, float)) or given not in (0, 1):
-        raise UserError(f"{where}: {key} must be 0 (not learned) or 1, got {str(given)[:40]!r}")
+        learned, not_learned = ("false", "true") if key == _UNLEARNED_KEY else ("1", "0")
+        raise UserError(f"{where}: {key} must be {not_learned} (not learned) or {learned}, got {str(given)[:40]!r}")
+    if key == _UNLEARNED_KEY:
+        return 1 - int(given)
     if given == 1 and role != "assistant":
         raise UserError(f"{where}: {key} 1 of a {role} turn: only what assistants say is learned; remove it")
     return int(given)
@@ -137,10 +142,12 @@ def build(
         messages.append(message)
     if system is not None:
         messages = _with_system(messages, system, where)
+    if every and (words or not given) and place and _has_marks_alone(turns):
+        raise UserError(f"{where}: an <image> in the text beside image parts: leave one of both out: {asked(turns)!r}")
     if not given:
         if every:
             return messages, resolve(where, every, given, turns)
-        if place and any(turn.role == "user" and any(map(stands_alone, texts_of(turn))) for turn in turns):
+        if place and _has_marks_alone(turns):
             raise UserError(f"{where}: an <image> in the text, but no picture is named in the row: {asked(turns)!r}")
         return messages, []
     named = [one.image for one in every if one.image is not None] if every else []
@@ -152,6 +159,10 @@ def build(
                 message["content"] = [*[IMAGE_PART] * len(given), *message["content"]]
                 return messages, [*given, *named]
     return messages, resolve(where, every, given, turns)
+
+
+def _has_marks_alone(turns: list[Turn]) -> bool:
+    return any(turn.role == "user" and any(map(stands_alone, texts_of(turn))) for turn in turns)
 
 
 def _placed(turn: Turn, marks: bool, where: str, ignored: set[str]) -> Placed:
@@ -168,7 +179,7 @@ def _placed(turn: Turn, marks: bool, where: str, ignored: set[str]) -> Placed:
             parts.append(IMAGE_PART)
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             _check_part(part, ("type", "text"), where, ignored)
-            if "<" in part["text"] and turn.role == "user":
+            if turn.role == "user" and may_have_marks(part["text"]):
                 inner = split_text(part["text"], marks)
                 parts += inner.parts
                 shown += inner.shown

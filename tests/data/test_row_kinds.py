@@ -10,6 +10,7 @@ from PIL import Image
 from data.benchmarks.choice import Problem, ScienceQA, make_item
 from data.formats import CAPTION_PROMPT, read_row
 from tests.data.row_kinds import chat, qa, said, talk
+from vlm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,13 @@ GOOD: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         PLAIN,
         ["1.jpg"],
     ),
+    **{
+        f"the mark {mark}": (chat(f"{mark}\nq", images=["1.jpg"]), PLAIN, ["1.jpg"])
+        for mark in (
+            *("<Image>", "<IMAGE>", "<image/>", "<image />", "<image:1>", "<Image_1>", "[IMG]"),
+            *("<start_of_image>", "<IMG_CONTEXT>", "<image_soft_token>"),
+        )
+    },
     "DeepSeek-VL's marks": (chat("<image_placeholder>q", images=["1.jpg"]), PLAIN, ["1.jpg"]),
     "a mark that is a word": (qa(question="is <image> a tag?"), ["user: is <image> a tag?", PLAIN[1]], []),
     "query and response": ({"query": "<image>q", "response": "a", "images": ["1.jpg"]}, PLAIN, ["1.jpg"]),
@@ -268,7 +276,7 @@ def test_a_row_is_read_as_it_was_meant(root: Path, kind: str) -> None:
 def test_what_weighs_nothing_is_marked(root: Path) -> None:
     row = chat("q")
     row["messages"] += chat("r", "b")["messages"]
-    for key in ("weight", "train"):
+    for key in ("weight", "train", "loss", "loss_weight", "loss_scale", "trainable", "train_on_turn"):
         row["messages"][1] = {"role": "assistant", "content": "a", key: 0}
         row["messages"][3] = {"role": "assistant", "content": "b", key: True}
         weights = [message.get("weight") for message in read_row(row, "rows:3", root).messages]
@@ -305,3 +313,22 @@ def test_a_question_of_multiple_choice_is_asked_and_answered_as_science_qa_is(ro
 def test_rows_are_what_they_were_after_a_trip_through_json(root: Path) -> None:
     for row, messages, images in GOOD.values():
         assert said(json.loads(json.dumps(row)), root) == (messages, images)
+
+
+def test_a_masked_turn_is_not_learned(root: Path) -> None:
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    turns[1]["mask"], turns[3]["mask"] = True, False  # type: ignore[assignment]
+    weights = [message.get("weight") for message in read_row({"messages": turns}, "rows:3", root).messages]
+    assert weights == [None, 0, None, None]
+    turns[1]["mask"] = "a.png"
+    with pytest.raises(UserError, match=r"message 2: mask must be true \(not learned\) or false"):
+        read_row({"messages": turns}, "rows:3", root)
+
+
+@pytest.mark.parametrize(
+    "mark", ["<Image>", "[IMG]", "<|image_1|>", "<image_1>", "<|vision_start|><|image_pad|><|vision_end|>"]
+)
+def test_a_mark_on_a_line_of_its_own_without_a_picture_is_an_error(root: Path, mark: str) -> None:
+    with pytest.raises(UserError, match="but no picture is named in the row"):
+        read_row(chat(f"{mark}\nq"), "rows:3", root)
+    assert read_row(chat(f"what does {mark} mean?"), "rows:3", root).images == ()

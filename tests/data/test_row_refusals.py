@@ -111,6 +111,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]},
         r"message 2: weight must be 0 \(not learned\) or 1, got '0\.5'",
     ),
+    "a mark beside the image part that shows it": (
+        chat([{"type": "image", "image": "1.jpg"}, {"type": "text", "text": "<image>\nq"}]),
+        "an <image> in the text beside image parts: leave one of both out",
+    ),
     "a user's weight": (
         {"messages": [{"role": "user", "content": "q", "weight": 1}, {"role": "assistant", "content": "a"}]},
         "message 1: weight 1 of a user turn: only what assistants say is learned",
