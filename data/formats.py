@@ -12,7 +12,7 @@ from data.row import Row
 from data.row_keys import Layout, is_picture_key, layout, meaning_of
 from data.rows_to_records import make_chat
 from data.turns import check_unread_of_part, read_turns
-from data.unread import check_media, check_pictureless, check_refused, suspects, without_nothing
+from data.unread import check_media, check_pictureless, check_refused, is_empty, suspects, without_nothing
 from vlm.errors import UserError
 
 CAPTION_PROMPT = "describe the picture."
@@ -106,7 +106,7 @@ def _messages(row: Row) -> Record:
 
     Image parts without a name take the next of the row's pictures; "captions" are answers as right as the last one.
     """
-    turns = read_turns(row.data[row.layout.keys["messages"][0]], "messages", row.where, row.ignored)
+    turns = read_turns(row.first("messages"), "messages", row.where, row.ignored)
     captions: Any = next((row.data[key] for key in row.layout.keys.get("captions", ())), [])
     if not isinstance(captions, list) or not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise UserError(f"{row.where}: captions must be a list of texts, none empty")
@@ -122,7 +122,7 @@ def _llava(row: Row) -> Record:
 
     An image stays where its mark stands; LLaVA's own loader moves it to the front of its turn.
     """
-    turns = read_turns(row.data[row.layout.keys["conversations"][0]], "llava", row.where, row.ignored)
+    turns = read_turns(row.first("conversations"), "llava", row.where, row.ignored)
     return make_chat(row, turns, place=False)
 
 
@@ -136,8 +136,8 @@ def _captions(row: Row) -> Record:
         raise UserError(f"{where}: captions must be one text or a list of them, none empty")
     if any("<" in caption and (stands_alone(caption) or caption.startswith("<image>")) for caption in captions):
         raise UserError(f"{where}: a caption with an <image> in it: {captions[0][:80]!r}; a picture isn't said")
-    if "captions" in keys:
-        row.ignored.update(keys.get("text", ()))
+    others = [other for meaning in ("captions", "text") for other in keys.get(meaning, ()) if other != key]
+    row.ignored.update(other for other in others if not is_empty(row.data[other]) and row.data[other] != row.data[key])
     prompt = row.key("prompt")
     asked = CAPTION_PROMPT if prompt is None else row.data[prompt]
     if not isinstance(asked, str):

@@ -104,7 +104,9 @@ def most_frequent(answers: list[str]) -> str:
 
 def _choices(row: Row) -> list[str] | None:
     if (key := row.key("choices")) is not None:
-        return read_choices(row.data[key], key, row.where)
+        choices = read_choices(row.data[key], key, row.where)
+        row.ignored.update(letter for letter in row.layout.letters if row.data[letter] not in choices)
+        return choices
     letters = [key for key in row.layout.letters if not is_empty(row.data[key]) and row.data[key] != "nan"]
     if not letters:
         return None

@@ -20,16 +20,25 @@ class Row:
         self._pictures: list[Any] | None = None
 
     def key(self, *meanings: str) -> str | None:
-        """The first key of the row that is read as one of these and holds something."""
+        """The first key of the row that is read as one of these and holds something. Those of the same meaning that
+        hold something else are left out, and noted."""
         for meaning in meanings:
-            for key in self.layout.keys.get(meaning, ()):
-                if not is_empty(self.data[key]):
-                    return key
+            keys = self.layout.keys.get(meaning, ())
+            if held := [key for key in keys if not is_empty(self.data[key])]:
+                first = held[0]
+                if len(held) > 1:
+                    self.ignored.update(key for key in held[1:] if self.data[key] != self.data[first])
+                return first
         return None
 
     def value(self, *meanings: str) -> Any:
         key = self.key(*meanings)
         return None if key is None else self.data[key]
+
+    def first(self, meaning: str) -> Any:
+        """Of keys that the row has, what the first holds; something, if any of them does."""
+        key = self.key(meaning)
+        return self.data[self.layout.keys[meaning][0] if key is None else key]
 
     def text(self, *meanings: str) -> str | None:
         """As text; None where there is none. Numbers and booleans are taken as JSON writes them."""

@@ -315,6 +315,30 @@ def test_rows_are_what_they_were_after_a_trip_through_json(root: Path) -> None:
         assert said(json.loads(json.dumps(row)), root) == (messages, images)
 
 
+TALK, OTHER = (talk("q", answer)["conversations"] for answer in ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("row", "listed"),
+    [
+        ({"image": "1.jpg", "caption": "a", "captions": ["b", "c"]}, {"caption"}),
+        ({"image": "1.jpg", "text": "a", "description": "b"}, {"description"}),
+        ({"image": "1.jpg", "description": "a", "alt_text": "b"}, {"alt_text"}),
+        (qa(context="x", hint="y", passage="z"), {"hint", "passage"}),
+        (qa(context="x", hint="x"), set()),
+        (qa(system="x", system_prompt="y"), {"system_prompt"}),
+        (chat("q", system="x", system_prompt="y"), {"system_prompt"}),
+        ({"question": "q", "answer": "A", "choices": ["u", "v"], "options": ["u", "w"]}, {"options"}),
+        ({"question": "q", "answer": "B", "choices": ["u", "v"], "A": "u", "B": "w"}, {"B"}),
+        ({"conversations": TALK, "conversation": OTHER}, {"conversation"}),
+    ],
+)
+def test_a_second_key_of_one_meaning_is_noted_where_it_says_something_else(
+    root: Path, row: dict[str, Any], listed: set[str]
+) -> None:
+    assert set(read_row(row, "rows:3", root).ignored) == listed
+
+
 def test_a_masked_turn_is_not_learned(root: Path) -> None:
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     turns[1]["mask"], turns[3]["mask"] = True, False  # type: ignore[assignment]
