@@ -189,7 +189,6 @@ def test_a_dead_model_ends_the_run_and_is_not_kept(
         found, shown = real(self, model, batch)
         return found + 1e6 * batch.supervised, shown  # finite, with a gradient as ever
 
-    run(scenes, tmp_path / "alive", steps=3)
     recipe = write_recipe(tmp_path / "r.yaml", chat_recipe(scenes, steps=6))
     arguments = ["train", str(recipe), "checkpoint_every=1", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(Chat, "loss", lambda *call: real(*call) if len(calls) < 2 else risen(*call))
