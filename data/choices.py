@@ -13,6 +13,7 @@ from vlm.errors import UserError
 LETTER_ANSWER = "{question}\nAnswer with the option's letter from the given choices directly."
 _LETTERED = re.compile(r"\(?([A-Z])[.):]\s+(?=\S)")  # an option that has its letter already
 _MOST_CHARACTERS = 100_000  # of a list that a text writes down
+_IGNORED = "columns: {{ignore: {key}}} leaves it out"
 
 
 def read_choices(value: Any, key: str, where: str) -> list[str]:
@@ -25,12 +26,15 @@ def read_choices(value: Any, key: str, where: str) -> list[str]:
         names = [name for name, text in value.items() if text is not None]
         if names != list(ascii_uppercase[: len(names)]):
             raise UserError(
-                f"{where}: {key} must be a list of texts, or an object with A, B, ..., not {kind_of(value)}"
+                f"{where}: {key} must be a list of texts, or an object with A, B, ..., not {kind_of(value)}; "
+                f"{_IGNORED.format(key=key)}"
             )
         value = [value[name] for name in names]
     if not isinstance(value, list) or not 2 <= len(value) <= len(ascii_uppercase):
         count = f", not of {len(value)}" if isinstance(value, list) else f", not {kind_of(value)}"
-        raise UserError(f"{where}: {key} must be a list of 2 to {len(ascii_uppercase)} texts{count}")
+        raise UserError(
+            f"{where}: {key} must be a list of 2 to {len(ascii_uppercase)} texts{count}; {_IGNORED.format(key=key)}"
+        )
     texts = [as_text(text, key, where).strip() for text in value]
     lettered = [_LETTERED.match(text) for text in texts]
     if [found and found[1] for found in lettered] == [*ascii_uppercase[: len(texts)]]:
@@ -44,12 +48,15 @@ def _written(text: str, key: str, where: str) -> Any:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-    raise UserError(f"{where}: {key} must be a list of texts, not the text {text[:60]!r}")
+    raise UserError(f"{where}: {key} must be a list of texts, not the text {text[:60]!r}; {_IGNORED.format(key=key)}")
 
 
 def ask(question: str, choices: Sequence[str]) -> str:
-    options = (f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
-    return LETTER_ANSWER.replace("{question}", "\n".join([question, *options]))
+    """The question with its lettered options below it, but for a question that lists them itself."""
+    lettered = list(zip(ascii_uppercase, choices, strict=False))
+    if not all(re.search(rf"(?<!\w)\(?{a}[.):]\s*{re.escape(choice)}(?!\w)", question) for a, choice in lettered):
+        question = "\n".join([question, *(f"{letter}. {choice}" for letter, choice in lettered)])
+    return LETTER_ANSWER.replace("{question}", question)
 
 
 def labels_of(value: Any) -> list[str]:
@@ -66,6 +73,7 @@ def letter_of(answer: Any, choices: Sequence[str], where: str, labels: Sequence[
     if (found := _LETTERED.match(text)) and text[found.end() :] in choices:
         text = found[1] if choices.index(text[found.end() :]) == ascii_uppercase.index(found[1]) else text
     by_words = {place for place, choice in enumerate(choices) if choice == text}
+    by_words = by_words or {place for place, choice in enumerate(choices) if choice.casefold() == text.casefold()}
     letter = text.strip("().: ").upper()
     by_letter = {ascii_uppercase.index(letter)} if len(letter) == 1 and letter in ascii_uppercase else set()
     by_number = {int(text)} if text.isascii() and text.isdecimal() and len(text) < 4 else set()

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.arguments import completed, natural, positive, share
+from vlm.arguments import add_columns, completed, natural, positive, share
 
 if TYPE_CHECKING:
     from data.check_model import ModelSpec
@@ -42,7 +42,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=("messages", "webdataset"), default="messages")
     parser.add_argument("--format", help="what SOURCE is, where it isn't found rightly (an unknown one lists all)")
     parser.add_argument("--images", type=Path, help="the folder that SOURCE's image paths are relative to")
-    _add_columns(parser)
+    add_columns(parser)
     parser.add_argument("--shard-size", type=positive, default=1000, help="samples of a shard (default 1000)")
     parser.add_argument("--workers", type=natural, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--max-bad", type=share, default=0.0, help="broken rows to accept: 0.005 or 0.5%% (default 0)")
@@ -103,7 +103,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a file or folder of rows, or a data set of the hub")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder that image paths are relative to")
     parser.add_argument("--format", help="what the rows are, where that isn't found rightly")
-    _add_columns(parser)
+    add_columns(parser)
     parser.add_argument("--model", help="a model, or a language model that is to become one")
     parser.add_argument(
         "--image-tokens",
@@ -111,16 +111,6 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         default=576,
         metavar="N",
         help="of an image, for a language model (default 576)",
-    )
-
-
-def _add_columns(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        default=[],
-        metavar="NAME=KEY",
-        help="keys of rows by other names: image=picture question=q answer=a; image=left+right; ignore=KEY",
     )
 
 
@@ -215,6 +205,7 @@ def score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="the pictures, for --clip (default: the references')"
     )
+    add_columns(parser, " (exact)")
     parser.add_argument("--against", type=Path, metavar="OTHER", help="other predictions: differences, what changed")
     parser.add_argument(
         "--allow-partial",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.key_map import KeyMap, renamed
+from data.key_map import KeyMap, renamed, unmapped
 from data.marks import Turn, stands_alone
 from data.question_rows import most_frequent, read_question
 from data.records import IMAGE_PART, Record, make_record, text_part
@@ -68,16 +68,17 @@ def _read(row: Any, where: str, root: Path, format: str | None, columns: KeyMap,
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row is an object, not {type(row).__name__}")
     dropped: tuple[str, ...] = ()
+    given = row
     if columns:
         row, dropped = renamed(row, columns)
     row, told, nulls = _understood(row, format)
     name = told.format
     if name is None:
-        raise UserError(f"{where}: {told.problem}")
+        raise UserError(f"{where}: {unmapped(given, columns) or told.problem}")
     if format is not None and name != format:
         raise UserError(f"{where}: a row of {name}, where {format} is read")
     one = Row(row, where, root, told, lenient)
-    one.nulls = nulls
+    one.nulls, one.given = nulls, given
     if dropped:
         one.ignored.update(dropped)
     record = _read_all(one, ROW_FORMATS[name]) if told.refused or told.unknown else ROW_FORMATS[name](one)

@@ -93,6 +93,15 @@ def find_key(row: dict[str, Any], key: str) -> Any:
     return value
 
 
+def unmapped(row: dict[str, Any], columns: KeyMap) -> str:
+    """What is wrong with a row of which the map finds nothing that tells a format; empty for one without a map."""
+    lacks = [f"{key} ({name})" for name, keys in columns if name != "ignore" for key in keys if not find_key(row, key)]
+    if not lacks:
+        return ""
+    has = ", ".join(map(str, row))[:200] or "none"
+    return f"unknown kind of row: columns reads {', '.join(lacks)}, and it has nothing of that (keys: {has})"
+
+
 def check_keys(columns: KeyMap, rows: Iterable[Any], source: str) -> None:
     """UserError for a key that none of the rows has: its name is likely misspelt."""
     wanted = {key: name for name, keys in columns for key in keys}

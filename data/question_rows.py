@@ -39,7 +39,7 @@ def read_question(row: Row) -> Record:
     if len(has) > 2 or len(has.get("question", ())) > 1:
         row.ignored.update(other for name in ("question", "instruction", "prompt") for other in has.get(name, ()))
         row.ignored.discard(key)
-        if (context := row.text("context")) is not None:
+        if (context := _context(row)) is not None:
             question = f"Context: {context}\n{question}"
     answer, answers = _answer(row, key)
     if ("choices" in has or row.layout.letters) and (choices := _choices(row)) is not None:
@@ -54,7 +54,15 @@ def read_question(row: Row) -> Record:
 
 
 def _keys(row: Row) -> str:
-    return ", ".join(map(str, row.data))[:200]
+    return ", ".join(map(str, row.given))[:200]
+
+
+def _context(row: Row) -> str | None:
+    """A text, or passages one below the other."""
+    key = row.key("context")
+    if key is None or not isinstance(row.data[key], list):
+        return row.text("context")
+    return "\n".join(as_text(passage, f"each of {key}", row.where) for passage in row.data[key])
 
 
 def _answer(row: Row, asked: str) -> tuple[str, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """`Row`: one parsed row with what its keys mean, from which a format takes what it reads."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from data.row_keys import Layout
@@ -8,15 +9,16 @@ from vlm.errors import UserError
 
 
 class Row:
-    """data: without the keys that hold nothing, which are `nulls`; ignored: gets the keys that are left out; lenient:
-    pictures may be missing."""
+    """data: without the keys that hold nothing, which are `nulls`; given: the keys as people wrote them; ignored: gets
+    the keys that are left out; lenient: pictures may be missing."""
 
-    __slots__ = ("_pictures", "data", "ignored", "layout", "lenient", "nulls", "root", "where")
+    __slots__ = ("_pictures", "data", "given", "ignored", "layout", "lenient", "nulls", "root", "where")
 
     def __init__(self, data: dict[str, Any], where: str, root: Any, layout: Layout, lenient: bool) -> None:
         self.data, self.where, self.root, self.layout, self.lenient = data, where, root, layout, lenient
         self.ignored = set(layout.unread)
         self.nulls: dict[str, Any] = {}
+        self.given: Iterable[Any] = data
         self._pictures: list[Any] | None = None
 
     def key(self, *meanings: str) -> str | None:

@@ -18,7 +18,7 @@ DIFFERENT = 0.1  # points of accuracy, from which on another rule's score is tol
 
 
 def run_scoring(options: argparse.Namespace) -> int:
-    benchmark = find_benchmark(options.task)
+    benchmark = find_benchmark(options.task, options.columns)
     if options.tokenizer is not None:
         if not isinstance(benchmark, Captions):
             raise UserError(f"--tokenizer is for captions; {options.task} has its own rules")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vlm.arguments import completed, natural, positive
+from vlm.arguments import add_columns, completed, natural, positive
 from vlm.errors import UserError
 
 
@@ -51,6 +51,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="the benchmark's files as published: a folder, or the questions file")
     parser.add_argument("--images", type=Path, help="folder of the images (default: found beside the data)")
     parser.add_argument("--split", metavar="NAME", help="where the folder has several, as in the files' names")
+    add_columns(parser, " (exact)")
     parser.add_argument("--out", type=Path, required=True, help="evaluation folder; one that is there is gone on with")
     parser.add_argument("--engine", default="torch", metavar="ENGINE", help="torch, vllm or an URL (default: torch)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
@@ -119,6 +120,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         data=options.data,
         images=options.images,
         split=options.split,
+        columns=tuple(options.columns),
         engine=options.engine,
         limit=options.limit,
         control=options.control,

@@ -25,6 +25,16 @@ def fraction(text: str) -> float:
     return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
+def add_columns(parser: argparse.ArgumentParser, of: str = "") -> None:
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=KEY",
+        help=f"keys of rows by other names: image=picture question=q answer=a; image=left+right; ignore=KEY{of}",
+    )
+
+
 def completed(argument: argparse.Action, names: Iterable[str]) -> None:
     """The shell completes it to one of `names`; what else is said is judged by whoever uses it."""
     vars(argument)["completer"] = lambda **_: list(names)

@@ -3,7 +3,7 @@
 import gc
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,6 +121,10 @@ class Benchmark(ABC):
     def wrong(self, item: Item) -> str:
         """What a file of predictions holds for a question that could not be asked."""
         return ""
+
+    def name_columns(self, columns: Iterable[str]) -> None:
+        """Keys of rows that have other names: NAME=KEY."""
+        raise UserError(f"--columns is for exact; {self.task} has files of its own form")
 
     def check_mode(self, mode: str) -> None:
         if mode not in self.modes:

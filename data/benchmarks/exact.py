@@ -1,7 +1,7 @@
 """Plain question/answer rows, scored by equality. Rows are read by the readers of training, whatever their format."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any
 from data.benchmarks.base import Answers, Asked, Benchmark, Item, averaged
 from data.benchmarks.predictions import as_id
 from data.benchmarks.scores import Scores
+from data.key_map import KeyMap, read_key_map
 from data.pictures import ImageBytes, ImageRef, ImageRow
 from data.records import IMAGE_PART, Record, text_part
-from data.row import as_text
+from data.row import as_text, listed
 from data.row_keys import layout
 from data.rows import Source
 from data.sources import open_source
@@ -32,13 +33,17 @@ class Exact(Benchmark):
     submission_name = "predictions.jsonl"
     id_keys = ("id", "question_id")
     ordered = True
+    columns: KeyMap = ()
+
+    def name_columns(self, columns: Iterable[str]) -> None:
+        self.columns = read_key_map(columns, "--columns")
 
     def items(self, data: Path, images: Path | None, split: str | None = None) -> list[Item]:
-        source = _open(data, images, split)
+        source = _open(data, images, split, self.columns)
         return [_item(source, index, source.read(index, lenient=True)) for index in range(len(source))]
 
     def references(self, path: Path) -> list[Item]:
-        source = _open(path, None, None)
+        source = _open(path, None, None, self.columns)
         return [_reference(source, index) for index in range(len(source))]
 
     def submission(self, items: Sequence[Item], answers: Mapping[str, str]) -> str:
@@ -55,8 +60,8 @@ class Exact(Benchmark):
         return averaged(self.task, mode, items, right)
 
 
-def _open(path: Path, images: Path | None, split: str | None) -> Source:
-    return open_source(f"{path}@{split}" if split else str(path), images)
+def _open(path: Path, images: Path | None, split: str | None, columns: KeyMap) -> Source:
+    return open_source(f"{path}@{split}" if split else str(path), images, columns=columns)
 
 
 def _item(source: Source, index: int, record: Record) -> Item:
@@ -78,9 +83,12 @@ def _item(source: Source, index: int, record: Record) -> Item:
 def _reference(source: Source, index: int) -> Item:
     """What a row says is right; it may leave the question out, and its pictures may lie elsewhere."""
     row, where = source.named_row(index), source.where(index)
-    if isinstance(row, dict) and layout(tuple(row)).format is None and row.get("answer") is not None:
-        name, groups = _named(source, index, where)
-        return Item(name, "", (as_text(row["answer"], "answer", where),), None, groups)
+    if isinstance(row, dict) and layout(tuple(row)).format is None:
+        key = next((key for key in ("answer", "answers") if row.get(key) is not None), None)
+        if key is not None:
+            name, groups = _named(source, index, where)
+            right = dict.fromkeys(as_text(one, key, where) for one in listed(row[key]))
+            return Item(name, "", tuple(right), None, groups)
     item = _item(source, index, source.read(index, lenient=True))
     return replace(item, question="", image=None, asked=None)
 

@@ -313,3 +313,16 @@ def test_a_format_says_what_rows_are_that_may_be_several(folder: Path) -> None:
         open_source(path, format="llava")
     turns = lines(folder / "turns.jsonl", [ROWS[2]])
     assert open_source(turns, format="turns").format == open_source(turns).format == "turns"
+
+
+def test_a_row_without_the_keys_of_the_map_is_told_with_its_own(folder: Path) -> None:
+    columns = key_map({"question": "frage", "answer": "antwort"}, "columns")
+    path = lines(
+        folder / "rows.jsonl", [{"frage": "q", "antwort": "a"}, {"q": "q", "ans": "a"}, {"frage": "q", "x": 1}]
+    )
+    source = open_source(path, columns=columns)
+    told = r"columns reads frage \(question\), antwort \(answer\), and it has nothing of that \(keys: q, ans\)"
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: unknown kind of row: {told}$"):
+        source[1]
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: a question without an answer \(keys: frage, x\)"):
+        source[2]

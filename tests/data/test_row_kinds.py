@@ -290,6 +290,7 @@ def test_what_weighs_nothing_is_marked(root: Path) -> None:
         {"choices": ["x", "y", "z"], "answer": "B"},
         {"choices": ["x", "y", "z"], "answer": "(b)"},
         {"choices": ["x", "y", "z"], "answer": "y"},
+        {"choices": ["x", "y", "z"], "answer": "Y"},
         {"options": "['x', 'y', 'z']", "answer": "1"},
         {"options": ["A. x", "B. y", "C. z"], "answer": "B"},
         {"options": ["(A) x", "(B) y", "(C) z"], "answer": 1},
@@ -356,3 +357,20 @@ def test_a_mark_on_a_line_of_its_own_without_a_picture_is_an_error(root: Path, m
     with pytest.raises(UserError, match="but no picture is named in the row"):
         read_row(chat(f"{mark}\nq"), "rows:3", root)
     assert read_row(chat(f"what does {mark} mean?"), "rows:3", root).images == ()
+
+
+@pytest.mark.parametrize("asked", ["which?\nA. x\nB. y", "which? (A) x (B) y", "which?\nA: x\nB: y\n"])
+def test_options_that_a_question_lists_itself_are_not_listed_again(root: Path, asked: str) -> None:
+    row = {"question": asked, "choices": ["x", "y"], "answer": "y"}
+    record = read_row(row, "rows:1", root)
+    assert record.messages[0]["content"] == [
+        {"type": "text", "text": f"{asked}\nAnswer with the option's letter from the given choices directly."}
+    ]
+    assert record.messages[1]["content"] == [{"type": "text", "text": "B"}]
+    other = read_row(row | {"question": "is x or y A. x?"}, "rows:2", root)
+    assert other.messages[0]["content"][0]["text"].startswith("is x or y A. x?\nA. x\nB. y\n")
+
+
+def test_passages_of_a_context_stand_below_each_other(root: Path) -> None:
+    row = {"question": "q", "context": ["one", "two"], "answer": "a"}
+    assert read_row(row, "rows:1", root).messages[0]["content"] == [{"type": "text", "text": "Context: one\ntwo\nq"}]

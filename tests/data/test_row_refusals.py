@@ -186,7 +186,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         qa(choices=["1", "2", "3"], answer=2),
         "the answer '2' may be B, C of the choices, by its words or its place",
     ),
-    "one choice": (qa(choices=["x"], answer=0), "choices must be a list of 2 to 26 texts, not of 1"),
+    "one choice": (
+        qa(choices=["x"], answer=0),
+        "choices must be a list of 2 to 26 texts, not of 1; columns: {ignore: choices} leaves it out",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """Questions of one's own are asked as training reads their rows: all pictures in their places, turns before."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from tests.data.row_kinds import chat, qa, talk
 from train.evaluation.journal import digest
 from train.evaluation.outputs import Evaluation, pictures_told
 from train.evaluation.prompts import Prompt, Reply, Shots, make_prompts
+from train.evaluation.tasks import Question, make_tasks
 from vlm import UserError
+from vlm.settings import parse
 
 EXACT = find_benchmark("exact")
 
@@ -149,3 +152,17 @@ def test_the_report_says_how_many_questions_have_a_picture(
     replies = {prompt.id: Reply(prompt.id, "a", pictures="digest" * bool(prompt.images)) for prompt in prompts}
     images = {prompt.id: prompt.turns[-1].image for prompt in prompts}
     assert pictures_told(Evaluation(EXACT, found, replies, {"control": control}, images)) == told
+
+
+def test_an_evaluation_reads_keys_of_other_names_and_merges_again(folder: Path) -> None:
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"frage": "q", "gold": "a"}\n{"frage": "w", "gold": "b"}\n')
+    columns = ("question=frage", "answer=gold")
+    question = Question("m", "exact", rows, engine="http://127.0.0.1:9", columns=columns, shots=1, shots_data=rows)
+    (task,) = make_tasks(question, folder / "out", controls=False)
+    assert [(item.question, item.references) for item in task.items] == [("q", ("a",)), ("w", ("b",))]
+    assert [turn["role"] for turn in task.prompts[0].messages()] == ["user", "assistant", "user"]
+    held = json.loads(json.dumps(task.settings))
+    assert parse(Question, {name: held[name] for name in ("model", "task", "data", "columns")}, "x").columns == columns
+    with pytest.raises(UserError, match="--columns is for exact"):
+        make_tasks(replace(question, task="pope"), folder / "out", controls=False)

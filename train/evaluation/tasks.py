@@ -33,6 +33,7 @@ class Question:
     data: Path
     images: Path | None = None
     split: str | None = None
+    columns: tuple[str, ...] = ()
     engine: str = "torch"
     limit: int | None = None
     control: str = "none"
@@ -109,7 +110,7 @@ def make_tasks(
     """model_sha256: where it's known; else that of the files that the model's folder holds."""
     if controls and question.control != "none":
         raise UserError("--controls runs both controls beside the evaluation; leave --control out")
-    benchmark = find_benchmark(question.task)
+    benchmark = find_benchmark(question.task, question.columns)
     benchmark.check_mode(question.mode)
     items = load_items(benchmark, question.data, question.images, question.split)
     unique([item.id for item in items], question.data)

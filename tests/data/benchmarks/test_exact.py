@@ -12,6 +12,7 @@ from data.benchmarks.exact import Exact
 from data.benchmarks.files import check_pictures
 from tests.data.benchmarks.files import write_lines
 from vlm import UserError
+from vlm.cli import main
 
 QUESTIONS = [
     {"id": "q1", "image": "a.png", "question": "what colour?", "answer": "red", "kind": "colour"},
@@ -126,3 +127,32 @@ def test_an_unknown_task_is_named_with_the_known_ones() -> None:
         UserError, match="unknown task 'vqa'; there are vqav2, textvqa, vizwiz, coco-caption, pope, gqa"
     ):
         find_benchmark("vqa")
+
+
+def test_rows_with_keys_of_other_names_are_asked_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_lines(tmp_path / "rows.jsonl", [{"id": 7, "frage": "q?", "gold": "red"}, {"frage": "w?", "gold": "b"}])
+    benchmark = find_benchmark("exact", ["question=frage", "answer=gold"])
+    assert [(item.id, item.question, item.references) for item in benchmark.items(rows, None)] == [
+        ("7", "q?", ("red",)),
+        ("1", "w?", ("b",)),
+    ]
+    said = write_lines(tmp_path / "said.jsonl", [{"id": 7, "answer": "red"}, {"id": 1, "answer": "red"}])
+    command = ["score", "exact", str(said), str(rows), "--json", "--columns", "question=frage", "answer=gold"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["accuracy"] == 0.5
+    assert main(["score", "pope", str(said), str(rows), "--columns", "question=frage"]) == 1
+    assert "--columns is for exact; pope has files of its own form" in capsys.readouterr().err
+
+
+def test_references_may_be_several_right_answers_without_a_question(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "answers": ["red", "crimson"]},
+        {"id": "b", "answer": ["blue", "navy"]},
+        {"id": "c", "answer": 3},
+    ]
+    references = write_lines(tmp_path / "references.jsonl", rows)
+    assert [item.references for item in Exact().references(references)] == [
+        ("red", "crimson"),
+        ("blue", "navy"),
+        ("3",),
+    ]
