@@ -27,7 +27,7 @@ from data.scenes.world import HELD_OUT
 from vlm.errors import UserError
 from vlm.threads import usable_cores
 
-FORMAT_VERSION: Final = 5
+FORMAT_VERSION: Final = 6
 MOST_QUESTIONS: Final = 12
 _QUESTIONS_PER_LESSON_SCENE: Final = 4
 
