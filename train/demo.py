@@ -240,7 +240,7 @@ class Demo:
 
 
 def run_demo(out: Path, fusion: str, seed: int, quick: bool) -> int:
-    """Everything in miniature; about six minutes on two cores. Returns the exit code."""
+    """Everything in miniature; seven to eight minutes on two cores. Returns the exit code."""
     demo = Demo(out, fusion, seed, quick)
     demo.claim()
     demo.console.print(describe_threads(), highlight=False)
