@@ -52,11 +52,12 @@ def _written(text: str, key: str, where: str) -> Any:
 
 
 def ask(question: str, choices: Sequence[str]) -> str:
-    """The question with its lettered options below it, but for a question that lists them itself."""
+    """The question with its lettered options below it and what is to be answered, but for what it says itself."""
     lettered = list(zip(ascii_uppercase, choices, strict=False))
     if not all(re.search(rf"(?<!\w)\(?{a}[.):]\s*{re.escape(choice)}(?!\w)", question) for a, choice in lettered):
         question = "\n".join([question, *(f"{letter}. {choice}" for letter, choice in lettered)])
-    return LETTER_ANSWER.replace("{question}", question)
+    order = LETTER_ANSWER.removeprefix("{question}")
+    return question if order.strip() in question else question + order
 
 
 def labels_of(value: Any) -> list[str]:
@@ -70,8 +71,9 @@ def letter_of(answer: Any, choices: Sequence[str], where: str, labels: Sequence[
     text = as_text(answer, "answer", where).strip()
     if len(labels) == len(choices) and labels.count(text) == 1:
         return ascii_uppercase[labels.index(text)]
-    if (found := _LETTERED.match(text)) and text[found.end() :] in choices:
-        text = found[1] if choices.index(text[found.end() :]) == ascii_uppercase.index(found[1]) else text
+    if found := _LETTERED.match(text):
+        place, words = ascii_uppercase.index(found[1]), text[found.end() :].casefold()
+        text = found[1] if [choice.casefold() for choice in choices[place : place + 1]] == [words] else text
     by_words = {place for place, choice in enumerate(choices) if choice == text}
     by_words = by_words or {place for place, choice in enumerate(choices) if choice.casefold() == text.casefold()}
     letter = text.strip("().: ").upper()

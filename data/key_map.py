@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 from data.row_keys import SPELLINGS, meaning_of
+from data.unread import is_empty
 from vlm.errors import UserError
 from vlm.settings import nearest
 
@@ -95,7 +96,9 @@ def find_key(row: dict[str, Any], key: str) -> Any:
 
 def unmapped(row: dict[str, Any], columns: KeyMap) -> str:
     """What is wrong with a row of which the map finds nothing that tells a format; empty for one without a map."""
-    lacks = [f"{key} ({name})" for name, keys in columns if name != "ignore" for key in keys if not find_key(row, key)]
+    lacks = [
+        f"{key} ({name})" for name, keys in columns if name != "ignore" for key in keys if is_empty(find_key(row, key))
+    ]
     if not lacks:
         return ""
     has = ", ".join(map(str, row))[:200] or "none"

@@ -87,8 +87,9 @@ def _reference(source: Source, index: int) -> Item:
         key = next((key for key in ("answer", "answers") if row.get(key) is not None), None)
         if key is not None:
             name, groups = _named(source, index, where)
-            right = dict.fromkeys(as_text(one, key, where) for one in listed(row[key]))
-            return Item(name, "", tuple(right), None, groups)
+            texts = [as_text(one, key, where) for one in listed(row[key])]
+            right = [text for text in texts if text.strip()] or texts  # else no answer would be right, too
+            return Item(name, "", tuple(dict.fromkeys(right)), None, groups)
     item = _item(source, index, source.read(index, lenient=True))
     return replace(item, question="", image=None, asked=None)
 

@@ -101,9 +101,9 @@ class Lesson(NamedTuple):
 
 # Places come first, in crowded scenes only, where guessing fails: attention learns to find things by the plainest
 # question there is. Then counting colours: else a small model guesses all that needs a whole scene compared with the
-# question, for a thousand steps. First "how many red objects are there?" alone: with comparisons among them, some runs
-# guess both for hundreds of steps, and after it comparisons take thirty. A question is alone in its row, so what is
-# looked for is always as far away.
+# question, for a thousand steps. First "how many red objects are there?" alone: with comparisons among them, one early
+# run in nine guessed both to the end of the lesson and ended at 69 %. A question is alone in its row, so what is looked
+# for is always as far away.
 _LESSONS: Final = (
     Lesson(0.0, ("colour",), names_a_place, crowded=True),
     Lesson(0.18, ("count",), counts_colours),

@@ -295,6 +295,7 @@ def test_what_weighs_nothing_is_marked(root: Path) -> None:
         {"options": ["A. x", "B. y", "C. z"], "answer": "B"},
         {"options": ["(A) x", "(B) y", "(C) z"], "answer": 1},
         {"options": ["A. x", "B. y", "C. z"], "answer": "B. y"},
+        {"options": ["A. x", "B. y", "C. z"], "answer": "(B) Y"},
         {"options": {"A": "x", "B": "y", "C": "z"}, "answer": "B"},
         {"choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answer": "B"},
         {"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answer": "2"},
@@ -367,6 +368,8 @@ def test_options_that_a_question_lists_itself_are_not_listed_again(root: Path, a
         {"type": "text", "text": f"{asked}\nAnswer with the option's letter from the given choices directly."}
     ]
     assert record.messages[1]["content"] == [{"type": "text", "text": "B"}]
+    whole = record.messages[0]["content"][0]["text"]
+    assert read_row(row | {"question": whole}, "rows:1", root).messages[0] == record.messages[0]
     other = read_row(row | {"question": "is x or y A. x?"}, "rows:2", root)
     assert other.messages[0]["content"][0]["text"].startswith("is x or y A. x?\nA. x\nB. y\n")
 

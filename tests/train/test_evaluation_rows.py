@@ -154,7 +154,7 @@ def test_the_report_says_how_many_questions_have_a_picture(
     assert pictures_told(Evaluation(EXACT, found, replies, {"control": control}, images)) == told
 
 
-def test_an_evaluation_reads_keys_of_other_names_and_merges_again(folder: Path) -> None:
+def test_an_evaluation_reads_keys_of_other_names_and_keeps_them(folder: Path) -> None:
     rows = folder / "rows.jsonl"
     rows.write_text('{"frage": "q", "gold": "a"}\n{"frage": "w", "gold": "b"}\n')
     columns = ("question=frage", "answer=gold")

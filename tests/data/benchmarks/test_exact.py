@@ -149,10 +149,12 @@ def test_references_may_be_several_right_answers_without_a_question(tmp_path: Pa
         {"id": "a", "answers": ["red", "crimson"]},
         {"id": "b", "answer": ["blue", "navy"]},
         {"id": "c", "answer": 3},
+        {"id": "d", "answers": ["", "red", " "]},
     ]
     references = write_lines(tmp_path / "references.jsonl", rows)
     assert [item.references for item in Exact().references(references)] == [
         ("red", "crimson"),
         ("blue", "navy"),
         ("3",),
+        ("red",),
     ]
