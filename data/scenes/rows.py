@@ -106,9 +106,8 @@ class Lesson(NamedTuple):
 # for is always as far away.
 _LESSONS: Final = (
     Lesson(0.0, ("colour",), names_a_place, crowded=True),
-    Lesson(0.18, ("count",), counts_colours),
-    Lesson(0.36, ("count", "comparison"), counts_colours),
-    Lesson(0.46, KINDS),
+    Lesson(0.385, ("count",), counts_colours),
+    Lesson(0.77, ("count", "comparison"), counts_colours),
 )
 
 

@@ -124,12 +124,11 @@ def test_files_do_not_depend_on_processes_and_scenes_not_on_how_many(written: Pa
     assert second["chat.jsonl"].startswith(first["chat.jsonl"])
 
 
-def test_lessons_begin_with_places_then_count_colours_then_ask_everything() -> None:
+def test_lessons_begin_with_places_then_count_colours_then_compare_them() -> None:
     colours = "|".join(COLOURS)
     place = r"what color is the object in the \w+[?]"
     tally = rf"(how many|are there more) ({colours}) objects.*[?]"
     kinds: Counter[str] = Counter()
-    openings: set[str] = set()
     for index in range(100):
         drawn, rows = lesson_rows(0, index, 100, 4, "picture.png")
         asked = []
@@ -139,20 +138,16 @@ def test_lessons_begin_with_places_then_count_colours_then_ask_everything() -> N
             assert answer_of(drawn.scene, question["text"]) == assistant["content"]
             asked.append(question["text"])
         assert len(set(asked)) == 4
-        if index < 18:
+        if index < 39:
             assert len({thing.colour for thing in drawn.scene}) >= 3
             assert all(re.fullmatch(place, text) for text in asked)
-        elif index < 36:
+        elif index < 77:
             assert all(re.fullmatch(rf"how many ({colours}) objects are there[?]", text) for text in asked)
-        elif index < 46:
+        else:
             assert all(re.fullmatch(tally, text) for text in asked)
             kinds.update(text.split()[0] for text in asked)
-        else:
-            openings.update(" ".join(text.split()[:2]) for text in asked if not re.fullmatch(rf"{place}|{tally}", text))
-    assert kinds["how"] > 14
-    assert kinds["are"] > 14
-    everything = {"what color", "what shape", "how many", "where is", "is there", "are there", "is the"}
-    assert openings == everything
+    assert set(kinds) == {"how", "are"}
+    assert min(kinds.values()) > 30
     with pytest.raises(ValueError, match="allows 1 questions, 4 were asked for"):
         ask_many(np.random.default_rng(0), (Thing("small", "red", "circle", PLACES[0]),), 4, ("colour",), names_a_place)
 
