@@ -193,6 +193,11 @@ def names_a_place(text: str) -> bool:
     return " in the " in text
 
 
+def asks_where(text: str) -> bool:
+    """Whether a place is asked for: "where is the red circle?", not "where is the red circle from the blue square?"."""
+    return text.startswith("where is ") and " from " not in text
+
+
 def any_question(_text: str) -> bool:
     return True
 

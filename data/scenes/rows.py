@@ -1,6 +1,6 @@
 """The rows of every file, each made from its own random stream so that no row depends on another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,9 +15,9 @@ from data.scenes.questions import (
     KINDS,
     Keep,
     Question,
-    any_question,
     ask,
     ask_many,
+    asks_where,
     counts_colours,
     names_a_place,
 )
@@ -90,24 +90,40 @@ def _conversation(questions: Sequence[Question], image: str) -> Row:
     return {"messages": turns}
 
 
+def _any_scene(_scene: Scene) -> bool:
+    return True
+
+
+def _is_crowded(scene: Scene) -> bool:
+    """Four objects of three colours at least."""
+    return len(scene) == len(PLACES) and len({thing.colour for thing in scene}) >= _CROWD_COLOURS
+
+
+def _is_varied(scene: Scene) -> bool:
+    """Crowded, and no two objects of the same colour and shape: each can be named."""
+    return _is_crowded(scene) and len({thing.pair for thing in scene}) == len(PLACES)
+
+
 class Lesson(NamedTuple):
     """What lessons.jsonl teaches, from a share of its pictures on."""
 
     begins: float
     kinds: Sequence[str]
-    keep: Keep = any_question
-    crowded: bool = False
+    keep: Keep
+    suits: Callable[[Scene], bool] = _any_scene
 
 
-# Places come first, in crowded scenes only, where guessing fails: attention learns to find things by the plainest
-# question there is. Then counting colours: else a small model guesses all that needs a whole scene compared with the
-# question, for a thousand steps. First "how many red objects are there?" alone: with comparisons among them, one early
-# run in nine guessed both to the end of the lesson and ended at 69 %. A question is alone in its row, so what is looked
-# for is always as far away.
+# One way of asking at a time, in scenes where guessing fails: what a lesson leaves a guess stays one for a thousand
+# steps of all questions. What colour is at a place comes first, as the plainest question there is; then the way back,
+# from an object to its place, which relations and existence build on; then counting colours, which compares a whole
+# scene with the question. By then some runs have forgotten the first two, so they come again, with the shape at a
+# place, which before the others keeps runs from learning these. A question is alone in its row: what is looked for is
+# always as far away.
 _LESSONS: Final = (
-    Lesson(0.0, ("colour",), names_a_place, crowded=True),
-    Lesson(0.385, ("count",), counts_colours),
-    Lesson(0.77, ("count", "comparison"), counts_colours),
+    Lesson(0.0, ("colour",), names_a_place, _is_crowded),
+    Lesson(0.244, ("relation",), asks_where, _is_varied),
+    Lesson(0.605, ("count",), counts_colours),
+    Lesson(0.785, ("colour", "shape", "relation"), lambda text: names_a_place(text) or asks_where(text), _is_varied),
 )
 
 
@@ -116,16 +132,11 @@ def lesson_rows(seed: int, index: int, count: int, questions: int, image: str) -
     rng = _rng(seed, Stream.LESSONS, index)
     lesson = next(lesson for lesson in reversed(_LESSONS) if index >= lesson.begins * count)
     scene = draw_scene(rng)
-    while lesson.crowded and not _is_crowded(scene):
+    while not lesson.suits(scene):
         scene = draw_scene(rng)
     look = draw_look(rng)
     asked = ask_many(rng, scene, questions, lesson.kinds, lesson.keep)
     return Drawn(scene, look), [_conversation([question], image) for question in asked]
-
-
-def _is_crowded(scene: Scene) -> bool:
-    """Four objects of three colours at least."""
-    return len(scene) == len(PLACES) and len({thing.colour for thing in scene}) >= _CROWD_COLOURS
 
 
 def text_row(seed: int, index: int) -> Row:

@@ -27,7 +27,7 @@ from data.scenes.world import HELD_OUT
 from vlm.errors import UserError
 from vlm.threads import usable_cores
 
-FORMAT_VERSION: Final = 7
+FORMAT_VERSION: Final = 8
 MOST_QUESTIONS: Final = 12
 _QUESTIONS_PER_LESSON_SCENE: Final = 4
 
@@ -60,7 +60,7 @@ def write_scenes(
     train: int = 20_000,
     heldout: int = 1_000,
     unseen: int = 500,
-    lessons: int = 2_600,
+    lessons: int = 4_100,
     text_rows: int = 16_000,
     seed: int = 0,
     questions_per_scene: int = 6,

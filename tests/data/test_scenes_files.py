@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.scenes import COLOURS, HELD_OUT, PLACES, write_scenes
+from data.scenes import COLOURS, HELD_OUT, PLACES, SHAPES, write_scenes
 from data.scenes.questions import ask_many, names_a_place
 from data.scenes.rows import heldout_item, lesson_rows, text_row, train_pair
 from data.scenes.world import Thing, scene_key
@@ -124,30 +124,34 @@ def test_files_do_not_depend_on_processes_and_scenes_not_on_how_many(written: Pa
     assert second["chat.jsonl"].startswith(first["chat.jsonl"])
 
 
-def test_lessons_begin_with_places_then_count_colours_then_compare_them() -> None:
-    colours = "|".join(COLOURS)
-    place = r"what color is the object in the \w+[?]"
-    tally = rf"(how many|are there more) ({colours}) objects.*[?]"
-    kinds: Counter[str] = Counter()
-    for index in range(100):
+def test_lessons_ask_in_one_way_after_the_other() -> None:
+    colours, shapes = "|".join(COLOURS), "|".join(SHAPES)
+    colour_at = r"what color is the object in the \w+[?]"
+    where = rf"where is the ((small|large) )?({colours}) ({shapes})[?]"
+    ways = (
+        (25, colour_at),
+        (36, where),
+        (18, rf"how many ({colours}) objects are there[?]"),
+        (21, rf"{colour_at}|what shape is the object in the \w+[?]|{where}"),
+    )
+    lessons = [way for pictures, way in ways for _ in range(pictures)]
+    last: list[str] = []
+    for index, way in enumerate(lessons):
         drawn, rows = lesson_rows(0, index, 100, 4, "picture.png")
         asked = []
         for user, assistant in (row["messages"] for row in rows):
             picture, question = user["content"]
             assert picture == {"type": "image", "image": "picture.png"}
             assert answer_of(drawn.scene, question["text"]) == assistant["content"]
+            assert re.fullmatch(way, question["text"]), (index, question["text"])
             asked.append(question["text"])
         assert len(set(asked)) == 4
-        if index < 39:
+        if "how many" not in way:
             assert len({thing.colour for thing in drawn.scene}) >= 3
-            assert all(re.fullmatch(place, text) for text in asked)
-        elif index < 77:
-            assert all(re.fullmatch(rf"how many ({colours}) objects are there[?]", text) for text in asked)
-        else:
-            assert all(re.fullmatch(tally, text) for text in asked)
-            kinds.update(text.split()[0] for text in asked)
-    assert set(kinds) == {"how", "are"}
-    assert min(kinds.values()) > 30
+        last = last + asked if index >= 79 else []
+    starts = Counter(text.split()[1] for text in last)
+    assert set(starts) == {"color", "shape", "is"}
+    assert min(starts.values()) > 20
     with pytest.raises(ValueError, match="allows 1 questions, 4 were asked for"):
         ask_many(np.random.default_rng(0), (Thing("small", "red", "circle", PLACES[0]),), 4, ("colour",), names_a_place)
 
