@@ -113,17 +113,21 @@ class Lesson(NamedTuple):
     suits: Callable[[Scene], bool] = _any_scene
 
 
+def _looks_up(text: str) -> bool:
+    """What is at a place, or the place of an object."""
+    return names_a_place(text) or asks_where(text)
+
+
 # One way of asking at a time, in scenes where guessing fails: what a lesson leaves a guess stays one for a thousand
 # steps of all questions. What colour is at a place comes first, as the plainest question there is; then the way back,
-# from an object to its place, which relations and existence build on; then counting colours, which compares a whole
-# scene with the question. By then some runs have forgotten the first two, so they come again, with the shape at a
-# place, which before the others keeps runs from learning these. A question is alone in its row: what is looked for is
-# always as far away.
+# from an object to its place, which relations and existence build on, with one in four of the first, which is forgotten
+# else; then counting colours, which compares a whole scene with the question. Shapes at a place come last: before the
+# others they keep runs from learning these. A question is alone in its row: what is looked for is always as far away.
 _LESSONS: Final = (
     Lesson(0.0, ("colour",), names_a_place, _is_crowded),
-    Lesson(0.244, ("relation",), asks_where, _is_varied),
-    Lesson(0.605, ("count",), counts_colours),
-    Lesson(0.785, ("colour", "shape", "relation"), lambda text: names_a_place(text) or asks_where(text), _is_varied),
+    Lesson(0.23, ("relation", "relation", "relation", "colour"), _looks_up, _is_varied),
+    Lesson(0.586, ("count",), counts_colours),
+    Lesson(0.805, ("colour", "shape", "relation"), _looks_up, _is_varied),
 )
 
 
