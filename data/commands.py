@@ -30,7 +30,7 @@ def data(parser: argparse.ArgumentParser) -> None:
     scenes.add_argument("--out", type=Path, required=True)
     scenes.add_argument("--train", type=int, default=20000, help="training scenes (default 20000)")
     scenes.add_argument("--heldout", type=int, default=1000, help="held-out questions (default 1000)")
-    scenes.add_argument("--lessons", type=int, default=4350, help="scenes of lessons.jsonl (default 4350)")
+    scenes.add_argument("--lessons", type=int, default=4500, help="scenes of lessons.jsonl (default 4500)")
     scenes.add_argument("--seed", type=int, default=0)
     scenes.set_defaults(run=_scenes)
     _add_convert(actions.add_parser("convert", help="write any source as messages JSONL or as WebDataset shards"))

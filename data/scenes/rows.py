@@ -125,9 +125,9 @@ def _looks_up(text: str) -> bool:
 # others they keep runs from learning these. A question is alone in its row: what is looked for is always as far away.
 _LESSONS: Final = (
     Lesson(0.0, ("colour",), names_a_place, _is_crowded),
-    Lesson(0.23, ("relation", "relation", "relation", "colour"), _looks_up, _is_varied),
-    Lesson(0.586, ("count",), counts_colours),
-    Lesson(0.805, ("colour", "shape", "relation"), _looks_up, _is_varied),
+    Lesson(0.222, ("relation", "relation", "relation", "colour"), _looks_up, _is_varied),
+    Lesson(0.544, ("count",), counts_colours),
+    Lesson(0.811, ("colour", "shape", "relation"), _looks_up, _is_varied),
 )
 
 

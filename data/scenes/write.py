@@ -60,7 +60,7 @@ def write_scenes(
     train: int = 20_000,
     heldout: int = 1_000,
     unseen: int = 500,
-    lessons: int = 4_350,
+    lessons: int = 4_500,
     text_rows: int = 16_000,
     seed: int = 0,
     questions_per_scene: int = 6,

@@ -131,9 +131,9 @@ def test_lessons_ask_in_one_way_after_the_other() -> None:
     shape_at = r"what shape is the object in the \w+[?]"
     ways = (
         (23, colour_at),
-        (36, rf"{where}|{colour_at}"),
-        (22, rf"how many ({colours}) objects are there[?]"),
-        (19, rf"{colour_at}|{shape_at}|{where}"),
+        (32, rf"{where}|{colour_at}"),
+        (27, rf"how many ({colours}) objects are there[?]"),
+        (18, rf"{colour_at}|{shape_at}|{where}"),
     )
     lessons = [(number, way) for number, (pictures, way) in enumerate(ways) for _ in range(pictures)]
     last: list[str] = []
